@@ -1,0 +1,253 @@
+//! Opening regular files only, reading small ones, and writing a file whole or not at all.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pocketglm_tensor::Bytes;
+
+use crate::error::{io_error, shown};
+use crate::{Error, Result};
+
+/// Opens a regular file for reading, following symbolic links; returns it with its length.
+///
+/// A FIFO, device, socket or folder is refused, and never waited for.
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // The kind is asked for first, because opening a device can already have an effect.
+    let before = fs::metadata(path).map_err(io_error("open", path))?;
+    require_regular(path, &before)?;
+    let mut options = fs::OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        // Opening a FIFO waits for a writer, should one have taken the file's place just now.
+        options.custom_flags(libc::O_NONBLOCK);
+    }
+    let file = options.open(path).map_err(io_error("open", path))?;
+    let after = file.metadata().map_err(io_error("inspect", path))?;
+    require_regular(path, &after)?;
+    if !same_file(&before, &after) {
+        let what = "another file took its place while it was opened".to_owned();
+        return Err(Error::Changed { path: path.to_owned(), what });
+    }
+    Ok((file, after.len()))
+}
+
+#[cfg(unix)]
+fn same_file(a: &Metadata, b: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}
+
+#[cfg(not(unix))]
+fn same_file(a: &Metadata, b: &Metadata) -> bool {
+    a.len() == b.len()
+}
+
+fn require_regular(path: &Path, metadata: &Metadata) -> Result<()> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    Err(Error::NotAFile { path: path.to_owned(), found: kind(metadata) })
+}
+
+fn kind(metadata: &Metadata) -> &'static str {
+    if metadata.is_dir() {
+        return "a folder";
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        let kind = metadata.file_type();
+        if kind.is_fifo() {
+            return "a FIFO";
+        }
+        if kind.is_socket() {
+            return "a socket";
+        }
+        if kind.is_block_device() || kind.is_char_device() {
+            return "a device";
+        }
+    }
+    "something else"
+}
+
+/// Reads a regular file of at most `limit` bytes.
+pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Bytes> {
+    let (file, found) = open_regular(path)?;
+    let too_large = |found| Error::FileTooLarge { path: path.to_owned(), limit, found };
+    if found > limit {
+        return Err(too_large(found));
+    }
+    let mut bytes = Vec::new();
+    // One byte more than allowed, to notice a file that grows under the reader.
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(io_error("read", path))?;
+    if bytes.len() as u64 > limit {
+        return Err(too_large(bytes.len() as u64));
+    }
+    Ok(bytes.into())
+}
+
+/// Whether something stands under this name, be it a dangling symbolic link.
+pub(crate) fn stands(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// Joins a file name to a folder; refuses a name that could lead out of it on any system.
+pub(crate) fn join_plain(folder: &Path, name: &str, place: &Path) -> Result<PathBuf> {
+    let mut parts = Path::new(name).components();
+    let single =
+        matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name);
+    let foreign = |c: char| matches!(c, '/' | '\\' | ':') || c.is_control();
+    if !single || name.len() > 255 || name.chars().any(foreign) {
+        return Err(Error::FileName { name: shown(name), place: place.to_owned(), wanted: "" });
+    }
+    Ok(folder.join(name))
+}
+
+/// Writes a file whole or not at all: `fill` writes a temporary file in the same folder, which is synced
+/// and then renamed to `path`, replacing what stood there. On an error nothing changes under `path`.
+///
+/// # Errors
+/// [`Error::Io`], also for the error that `fill` returns.
+pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    fill(&mut file.out).map_err(io_error("write", path))?;
+    file.commit()
+}
+
+/// A file under a temporary name that takes its final name on [`AtomicFile::commit`], and is removed when
+/// dropped before.
+pub(crate) struct AtomicFile {
+    target: PathBuf,
+    temporary: PathBuf,
+    pub(crate) out: BufWriter<File>,
+    committed: bool,
+}
+
+impl AtomicFile {
+    pub(crate) fn create(target: &Path) -> Result<AtomicFile> {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let Some(name) = target.file_name() else {
+            return Err(Error::Write { path: target.to_owned(), what: "the path names no file".into() });
+        };
+        loop {
+            let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+            let mut hidden = std::ffi::OsString::from(".");
+            hidden.push(name);
+            hidden.push(format!(".{}-{count}.tmp", std::process::id()));
+            let temporary = target.with_file_name(hidden);
+            match fs::OpenOptions::new().write(true).create_new(true).open(&temporary) {
+                Ok(file) => {
+                    let out = BufWriter::with_capacity(1 << 20, file);
+                    return Ok(AtomicFile { target: target.to_owned(), temporary, out, committed: false });
+                }
+                // Left behind by a killed process of the same number: take the next name.
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(io_error("create a temporary file for", target)(e)),
+            }
+        }
+    }
+
+    /// Syncs the file, gives it its final name and syncs the folder.
+    pub(crate) fn commit(mut self) -> Result<()> {
+        self.out.flush().map_err(io_error("write", &self.target))?;
+        self.out.get_ref().sync_all().map_err(io_error("sync", &self.target))?;
+        fs::rename(&self.temporary, &self.target)
+            .map_err(io_error("rename a temporary file to", &self.target))?;
+        self.committed = true;
+        sync_folder(&self.target)
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing can be done about a failure here; the name shows that the file is a leftover.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Makes a rename durable. File systems that cannot sync folders say so with these two errors.
+#[cfg(unix)]
+fn sync_folder(target: &Path) -> Result<()> {
+    let folder = match target.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    match File::open(folder).and_then(|f| f.sync_all()) {
+        Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+        // A folder that may be written but not read (mode -wx) cannot be opened to be synced.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        other => other.map_err(io_error("sync", folder)),
+    }
+}
+
+#[cfg(not(unix))]
+fn sync_folder(_target: &Path) -> Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::TempDir;
+
+    #[test]
+    fn write_atomic_replaces_the_file_and_leaves_no_other() {
+        let dir = TempDir::new();
+        let path = dir.path().join("a.txt");
+        write_atomic(&path, |f| f.write_all(b"old")).unwrap();
+        write_atomic(&path, |f| f.write_all(b"new")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(dir.names(), ["a.txt"]);
+    }
+
+    #[test]
+    fn failed_write_keeps_the_old_file_and_removes_the_temporary_one() {
+        let dir = TempDir::new();
+        let path = dir.path().join("a.txt");
+        write_atomic(&path, |f| f.write_all(b"old")).unwrap();
+        let failed = write_atomic(&path, |f| {
+            f.write_all(b"half of the new")?;
+            f.flush()?;
+            Err(io::Error::other("the pen broke"))
+        });
+        assert!(failed.unwrap_err().to_string().contains("the pen broke"));
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(dir.names(), ["a.txt"]);
+    }
+
+    #[test]
+    fn write_to_a_folder_or_to_nowhere_is_refused() {
+        let dir = TempDir::new();
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        assert!(write_atomic(&dir.path().join("sub"), |_| Ok(())).is_err());
+        assert!(write_atomic(&dir.path().join("absent").join("a"), |_| Ok(())).is_err());
+        assert!(write_atomic(Path::new("/"), |_| Ok(())).is_err());
+        assert_eq!(dir.names(), ["sub"]);
+    }
+
+    #[test]
+    fn names_that_lead_out_of_the_folder_are_refused() {
+        let folder = Path::new("folder");
+        for bad in ["", ".", "..", "../a", "/a", "a/b", "a/", "./a", "a\\b", "c:a", "a\0b", "a\nb"] {
+            assert!(join_plain(folder, bad, folder).is_err(), "{bad:?} was accepted");
+        }
+        assert!(join_plain(folder, &"a".repeat(256), folder).is_err());
+        assert_eq!(join_plain(folder, "a.safetensors", folder).unwrap(), folder.join("a.safetensors"));
+    }
+
+    #[test]
+    fn small_files_have_a_limit() {
+        let dir = TempDir::new();
+        let path = dir.path().join("a");
+        fs::write(&path, b"12345").unwrap();
+        assert_eq!(read_small(&path, 5).unwrap().as_slice(), b"12345");
+        let error = read_small(&path, 4).unwrap_err();
+        assert!(matches!(error, Error::FileTooLarge { limit: 4, found: 5, .. }));
+    }
+}

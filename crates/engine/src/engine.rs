@@ -1,0 +1,175 @@
+use std::path::Path;
+use std::sync::Arc;
+
+use pocketglm_checkpoint::first_non_finite;
+use pocketglm_glm::Sampling;
+use pocketglm_graph::{Backend, CpuBackend, Graph, Program};
+use pocketglm_tensor::{Cpu, WeightSource};
+use pocketglm_vit::preprocess::{PreprocessConfig, smart_resize};
+
+use crate::model::{Model, ModelInfo};
+use crate::plan::{RunSize, plan};
+use crate::{EngineOptions, Error, MemoryPlan, Prompt, Request, Result, Session};
+
+/// A loaded checkpoint. Clones share it; it can be used from any thread.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub model: Model,
+    pub options: EngineOptions,
+    pub backend: CpuBackend,
+    pub decoder: Box<dyn Program>,
+    /// Compiled with the first picture, so that text alone never touches the vision weights.
+    pub vision: std::sync::OnceLock<Box<dyn Program>>,
+}
+
+impl Engine {
+    /// Opens and checks a checkpoint folder, plans its memory, and makes it ready to run.
+    ///
+    /// Weights are mapped: they are read from the file when they are first used.
+    ///
+    /// # Errors
+    /// What the folder lacks or holds wrongly, with file and tensor; [`Error::Budget`] where the plan for the
+    /// options' context and prefill step does not fit `options.memory`.
+    pub fn open(path: impl AsRef<Path>, options: EngineOptions) -> Result<Engine> {
+        let model = Model::open(path.as_ref(), &options)?;
+        let cpu = Arc::new(Cpu::new(options.threads)?);
+        if options.memory.is_some() {
+            // Text alone must fit; a prompt with pictures is checked again when its pictures are known.
+            let size = text_size(&model, &options);
+            plan(&model, &cpu, &size)?.check(options.memory)?;
+        }
+        let backend = CpuBackend::new(cpu.clone());
+        let decoder = backend.compile(&model.decoder, model.weights.clone())?;
+        let vision = std::sync::OnceLock::new();
+        Ok(Engine { inner: Arc::new(Inner { model, options, backend, decoder, vision }) })
+    }
+
+    /// What a checkpoint is, and what running it will take, without loading it.
+    ///
+    /// `screen` is the width and height of the largest picture, or `None` for text alone.
+    ///
+    /// # Errors
+    /// As [`Engine::open`], except that the budget is not checked: see [`MemoryPlan::check`].
+    pub fn inspect(
+        path: impl AsRef<Path>,
+        options: &EngineOptions,
+        screen: Option<(usize, usize)>,
+    ) -> Result<(ModelInfo, MemoryPlan)> {
+        let model = Model::open(path.as_ref(), options)?;
+        let cpu = Cpu::new(options.threads)?;
+        let mut size = text_size(&model, options);
+        if let (Some((width, height)), Some(vision)) = (screen, &model.vision) {
+            size.patches = patches(&vision.images, width, height)?;
+            size.all_patches = size.patches;
+            size.pixels = width * height;
+        }
+        let memory = plan(&model, &cpu, &size)?;
+        Ok((model.info(), memory))
+    }
+
+    /// What the checkpoint is.
+    pub fn info(&self) -> ModelInfo {
+        self.inner.model.info()
+    }
+
+    /// The device that runs it.
+    pub fn device(&self) -> String {
+        self.inner.backend.describe()
+    }
+
+    /// The graphs that run, by name: for reports.
+    pub fn graphs(&self) -> Vec<(&'static str, &Graph)> {
+        let vision = self.inner.model.vision.iter().map(|v| ("vision", &v.graph));
+        std::iter::once(("decoder", self.inner.decoder.graph())).chain(vision).collect()
+    }
+
+    /// The plan for one prompt and an answer of `max_new_tokens`.
+    ///
+    /// # Errors
+    /// Sizes that make no sense.
+    pub fn plan(&self, prompt: &Prompt, max_new_tokens: usize) -> Result<MemoryPlan> {
+        let model = &self.inner.model;
+        let patches = |p: &crate::prompt::Encodable| p.pixels.grid.iter().product::<usize>();
+        let context = prompt.ids.len().saturating_add(max_new_tokens).min(model.context(&self.inner.options));
+        let size = RunSize {
+            context: crate::session::capacity(context, model.context(&self.inner.options)),
+            chunk: self.inner.options.prefill_chunk.min(prompt.ids.len()),
+            patches: prompt.pictures.iter().map(|p| patches(p)).max().unwrap_or(0),
+            all_patches: prompt.pictures.iter().map(|p| patches(p)).sum(),
+            pixels: prompt.pictures.iter().map(|p| p.decoded).max().unwrap_or(0),
+        };
+        plan(model, self.inner.backend.cpu(), &size)
+    }
+
+    /// The sampling that the checkpoint's `generation_config.json` recommends; greedy where it has none.
+    pub fn default_sampling(&self) -> Sampling {
+        self.inner.model.sampling.clone()
+    }
+
+    /// Renders, tokenizes and places a request, and prepares its pictures.
+    ///
+    /// # Errors
+    /// Pictures that cannot be read, placeholders in the text of a message, token ids outside the vocabulary.
+    pub fn prompt(&self, request: &Request) -> Result<Prompt> {
+        Prompt::new(&self.inner.model, request, &self.inner.options)
+    }
+
+    /// A new, empty conversation.
+    pub fn session(&self) -> Session {
+        Session::new(self.clone())
+    }
+
+    /// Token ids of a text; the spelling of a special token counts as that token.
+    ///
+    /// # Errors
+    /// A text beyond the tokenizer's limits.
+    pub fn tokenize(&self, text: &str) -> Result<Vec<u32>> {
+        self.inner.model.tokenizer.encode(text).map_err(|source| Error::Text { what: "text", source })
+    }
+
+    /// Text of token ids; bytes that are no UTF-8 give U+FFFD.
+    pub fn detokenize(&self, ids: &[u32], skip_special: bool) -> String {
+        self.inner.model.tokenizer.decode(ids, skip_special)
+    }
+
+    /// The error for logits that are not finite: names the weight that is to blame, where there is one.
+    pub(crate) fn explain(&self, error: pocketglm_glm::Error) -> Error {
+        let pocketglm_glm::Error::NotFinite { token, value } = error else { return error.into() };
+        let weights = &self.inner.model.weights;
+        for info in weights.tensors() {
+            let Ok(tensor) = weights.tensor(&info.name) else { continue };
+            if let Some(index) = first_non_finite(&tensor) {
+                let value = tensor.to_f32().ok().and_then(|v| v.get(index).copied()).unwrap_or(f32::NAN);
+                return Error::WeightNotFinite { tensor: info.name, index, value };
+            }
+        }
+        Error::LogitNotFinite { token, value }
+    }
+
+    /// The compiled vision encoder.
+    pub(crate) fn vision(&self) -> Result<&dyn Program> {
+        let inner = &self.inner;
+        if let Some(program) = inner.vision.get() {
+            return Ok(&**program);
+        }
+        let model = inner.model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
+        let program = inner.backend.compile(&model.graph, inner.model.weights.clone())?;
+        // Another thread may have been faster; its program is as good.
+        Ok(&**inner.vision.get_or_init(|| program))
+    }
+}
+
+fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
+    let context = model.context(options);
+    RunSize { context, chunk: options.prefill_chunk.min(context), patches: 0, all_patches: 0, pixels: 0 }
+}
+
+/// Patches of a still picture of this size.
+fn patches(config: &PreprocessConfig, width: usize, height: usize) -> Result<usize> {
+    let (h, w) = smart_resize(config.temporal_patch_size(), height, width, config)?;
+    Ok((h / config.patch_size()) * (w / config.patch_size()))
+}

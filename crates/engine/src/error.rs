@@ -1,0 +1,139 @@
+use std::path::PathBuf;
+
+/// What can go wrong between a checkpoint and an answer.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint cannot be read, or does not hold what the model needs.
+    #[error(transparent)]
+    Checkpoint(#[from] pocketglm_checkpoint::Error),
+    /// The checkpoint is of another model family.
+    #[error("{place}: `model_type` must be glm4v or glm4, found {found}")]
+    ModelType {
+        /// The configuration file.
+        place: String,
+        /// The type in it.
+        found: String,
+    },
+    /// The tokenizer or the chat template failed.
+    #[error("{what}: {source}")]
+    Text {
+        /// The file or the step.
+        what: &'static str,
+        /// What happened there.
+        source: pocketglm_bpe::Error,
+    },
+    /// A special token that the model needs and the tokenizer lacks.
+    #[error("tokenizer.json has no token {token:?}, which config.json gives the id {id}")]
+    SpecialToken {
+        /// The token.
+        token: &'static str,
+        /// Its id in the configuration.
+        id: u32,
+    },
+    /// A checkpoint without a chat template was given messages.
+    #[error("the checkpoint has no chat template (chat_template.jinja or tokenizer_config.json), so it takes input_ids only")]
+    NoTemplate,
+    /// A text-only checkpoint was given pictures.
+    #[error("the checkpoint has no vision encoder, so it cannot take {found} picture(s)")]
+    NoVision {
+        /// Pictures in the request.
+        found: usize,
+    },
+    /// A picture could not be read, decoded or resized.
+    #[error("picture {picture}: {source}")]
+    Picture {
+        /// The path, or a description of where it came from.
+        picture: String,
+        /// What happened.
+        source: pocketglm_vit::Error,
+    },
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// A file larger than its cap.
+    #[error("{path} has {found} bytes, at most {limit} are read")]
+    FileSize {
+        /// The file.
+        path: PathBuf,
+        /// The cap.
+        limit: u64,
+        /// The file's size.
+        found: u64,
+    },
+    /// A request that is not of the expected form.
+    #[error("request: {what}")]
+    Request {
+        /// Where, what was wanted and what was found.
+        what: String,
+    },
+    /// Prompt, positions or sampling settings that make no sense.
+    #[error(transparent)]
+    Glm(#[from] pocketglm_glm::Error),
+    /// The vision configuration or a grid makes no sense.
+    #[error(transparent)]
+    Vision(#[from] pocketglm_vit::Error),
+    /// The graph could not be built, compiled or run.
+    #[error(transparent)]
+    Graph(#[from] pocketglm_graph::Error),
+    /// A kernel, the thread pool or a tensor failed.
+    #[error(transparent)]
+    Tensor(#[from] pocketglm_tensor::Error),
+    /// The plan does not fit the budget.
+    #[error("the model needs {needed} bytes ({plan}), the budget is {budget} bytes")]
+    Budget {
+        /// Bytes needed.
+        needed: u64,
+        /// The parts, with their bytes.
+        plan: String,
+        /// Bytes allowed.
+        budget: u64,
+    },
+    /// A prompt that does not fit the context.
+    #[error("the prompt has {prompt} tokens, the context holds {context}")]
+    Context {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens that fit.
+        context: usize,
+    },
+    /// A prompt without a token.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// A token id outside the vocabulary.
+    #[error("input_ids[{at}] is {id}, the vocabulary has {vocabulary} rows")]
+    TokenId {
+        /// Index in the prompt.
+        at: usize,
+        /// The id.
+        id: u32,
+        /// Rows of the embedding table.
+        vocabulary: usize,
+    },
+    /// A weight that is NaN or infinite, found because a result was not finite.
+    #[error("the logits are not finite because tensor `{tensor}` has {value} at element {index}")]
+    WeightNotFinite {
+        /// The tensor.
+        tensor: String,
+        /// Index of the first such element.
+        index: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
+    /// Logits that are not finite although every weight is.
+    #[error("the logit of token {token} is {value} although every weight is finite")]
+    LogitNotFinite {
+        /// The token.
+        token: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
+    /// The work was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}

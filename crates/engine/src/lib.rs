@@ -1,0 +1,39 @@
+//! Runs a checkpoint: loads it inside a memory budget, turns messages and pictures into prompts, generates.
+//!
+//! Start at [`Engine::open`]; [`Engine::session`] gives a conversation, [`Session::generate`] an iterator of
+//! pieces. This crate knows nothing of wgpu, HTTP, terminals or command lines.
+//!
+//! Invariants: an [`Engine`] is `Send + Sync + Clone` and immutable; what a conversation changes belongs to its
+//! [`Session`], so no session can see another's tokens. Nothing large is allocated before the memory plan fits.
+
+#![forbid(unsafe_code)]
+
+mod engine;
+mod error;
+mod model;
+mod options;
+mod picture;
+mod plan;
+mod prompt;
+mod request;
+mod session;
+mod trace;
+
+pub use engine::Engine;
+pub use error::Error;
+pub use model::{ModelInfo, Parameters};
+pub use options::{Cancel, EngineOptions, GenerateOptions, Progress, ProgressFn};
+pub use picture::Picture;
+pub use plan::{MemoryPlan, MemoryUse};
+pub use pocketglm_bpe::ContentFormat;
+pub use pocketglm_checkpoint::ReadMode;
+pub use pocketglm_glm::Sampling;
+pub use pocketglm_tensor::{DType, Tensor};
+pub use pocketglm_vit::preprocess::{DevicePoint, to_device_pixels};
+pub use prompt::Prompt;
+pub use request::{Content, Message, Part, Request};
+pub use session::{FinishReason, Generation, Piece, Session, Timings};
+pub use trace::Trace;
+
+/// Result of this crate's fallible functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,336 @@
+//! A checkpoint opened and checked: configuration, graphs, text tools. Nothing large is allocated yet.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use pocketglm_bpe::{ChatTemplate, Placeholders, Tokenizer, template_from_config};
+use pocketglm_checkpoint::{Checkpoint, ExpectedTensor, Fields, NameRules, OpenOptions, Renamed, check_tensors};
+use pocketglm_glm::{LAYOUTS, Sampling, TextConfig, Trace, VisualTokens, decoder};
+use pocketglm_graph::{Graph, GraphBuilder, passes};
+use pocketglm_tensor::{DType, TensorInfo, WeightSource};
+use pocketglm_vit::VisionConfig;
+use pocketglm_vit::preprocess::PreprocessConfig;
+
+use crate::{EngineOptions, Error, Result};
+
+/// Scope of the vision encoder's weights.
+const VISION_SCOPE: &str = "model.visual";
+
+/// What a checkpoint is, for people: sizes and counts, without loading it.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// `model_type` of the configuration.
+    pub model_type: String,
+    /// Parameters of the decoder, without the head.
+    pub decoder: Parameters,
+    /// Parameters of the head; 0 where it is the embedding table.
+    pub head: Parameters,
+    /// Parameters of the vision encoder.
+    pub vision: Parameters,
+    /// Tensors in all.
+    pub tensors: usize,
+    /// Bytes as stored, by element type.
+    pub bytes: BTreeMap<&'static str, u64>,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Blocks of the vision encoder.
+    pub vision_blocks: usize,
+    /// Longest sequence that the model was made for.
+    pub max_position_embeddings: usize,
+    /// Rows of the embedding table.
+    pub vocabulary: usize,
+    /// Bytes of one token in the KV cache.
+    pub kv_bytes_per_token: u64,
+}
+
+/// A number of parameters and its bytes in several element types.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// Elements of all tensors.
+    pub count: u64,
+}
+
+impl Parameters {
+    /// Bytes if every element took `bits` bits.
+    pub fn bytes_at(&self, bits: u64) -> u64 {
+        self.count * bits / 8
+    }
+}
+
+pub(crate) struct VisionModel {
+    pub config: VisionConfig,
+    pub tokens: VisualTokens,
+    pub images: PreprocessConfig,
+    pub videos: PreprocessConfig,
+    pub graph: Graph,
+}
+
+/// Everything but the compiled programs.
+pub(crate) struct Model {
+    pub model_type: String,
+    pub text: TextConfig,
+    pub vision: Option<VisionModel>,
+    pub tokenizer: Tokenizer,
+    pub template: Option<ChatTemplate>,
+    pub template_variables: Vec<(String, serde_json::Value)>,
+    pub placeholders: Placeholders,
+    pub eos: Vec<u32>,
+    pub sampling: Sampling,
+    pub weights: Arc<Renamed<Checkpoint>>,
+    pub decoder: Graph,
+    /// Bytes of `tokenizer.json`, from which the plan estimates the tokenizer's tables.
+    pub tokenizer_bytes: u64,
+    pub fuse: bool,
+}
+
+fn text_error(what: &'static str) -> impl FnOnce(pocketglm_bpe::Error) -> Error {
+    move |source| Error::Text { what, source }
+}
+
+impl Model {
+    pub fn open(path: &Path, options: &EngineOptions) -> Result<Model> {
+        const STEPS: usize = 5;
+        options.report("load", 0, STEPS);
+        let checkpoint = Checkpoint::open(path, &OpenOptions { mode: options.read_mode, check_finite: false })?;
+        let config = checkpoint.required_json("config.json")?;
+        let fields = Fields::new("config.json", &config)?;
+        let model_type = fields.string("model_type")?.unwrap_or("(none)").to_string();
+        if !matches!(model_type.as_str(), "glm4v" | "glm4v_text" | "glm4") {
+            let place = path.join("config.json").display().to_string();
+            return Err(Error::ModelType { place, found: model_type });
+        }
+        let text = TextConfig::from_fields(&fields)?;
+        let vision_config = fields.child("vision_config")?.map(|v| VisionConfig::from_fields(&v)).transpose()?;
+        if let Some(v) = &vision_config
+            && v.out_hidden_size != text.hidden_size
+        {
+            let wanted = format!("text_config.hidden_size {}", text.hidden_size);
+            let child = fields.child("vision_config")?.unwrap_or(fields);
+            return Err(child.error("out_hidden_size", wanted).into());
+        }
+        options.report("load", 1, STEPS);
+
+        let rules = NameRules::detect(&checkpoint, LAYOUTS, &["model.language_model.embed_tokens.weight"])?;
+        let weights = Renamed::new(checkpoint, rules)?;
+        let expected = expected_tensors(&text, vision_config.as_ref())?;
+        // A tied checkpoint may store its head again; rotary buffers of old files are not weights.
+        let ignore: &[&str] = if text.tie_word_embeddings { &["lm_head."] } else { &[] };
+        let place = |name: &str| match weights.stored_name(name) {
+            Some(stored) => weights.source().place(&stored),
+            None => path.display().to_string(),
+        };
+        check_tensors(&weights, &place, &expected, ignore)?;
+        options.report("load", 2, STEPS);
+
+        let checkpoint = weights.source();
+        let tokenizer_json = checkpoint.bytes("tokenizer.json")?.ok_or_else(|| {
+            pocketglm_checkpoint::Error::NoFile { wanted: "tokenizer.json".into(), folder: path.to_owned() }
+        })?;
+        let tokenizer_bytes = tokenizer_json.len() as u64;
+        let tokenizer = Tokenizer::from_json(tokenizer_json.as_slice()).map_err(text_error("tokenizer.json"))?;
+        options.report("load", 3, STEPS);
+        let template = template(checkpoint)?;
+        let vision = match vision_config {
+            Some(config) => Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options)?),
+            None => None,
+        };
+        options.report("load", 4, STEPS);
+        let graph = text_graph(&text, &weights, options.fuse, Trace::Off)?;
+        let (eos, sampling) = generation(checkpoint, &fields)?;
+        options.report("load", STEPS, STEPS);
+        Ok(Model {
+            model_type,
+            vision,
+            template_variables: template_variables(checkpoint)?,
+            template,
+            tokenizer,
+            placeholders: Placeholders::default(),
+            eos,
+            sampling,
+            decoder: graph,
+            text,
+            tokenizer_bytes,
+            weights: Arc::new(weights),
+            fuse: options.fuse,
+        })
+    }
+
+    pub fn info(&self) -> ModelInfo {
+        let mut info = ModelInfo {
+            model_type: self.model_type.clone(),
+            decoder: Parameters::default(),
+            head: Parameters::default(),
+            vision: Parameters::default(),
+            tensors: 0,
+            bytes: BTreeMap::new(),
+            layers: self.text.num_hidden_layers,
+            vision_blocks: self.vision.as_ref().map_or(0, |v| v.config.depth),
+            max_position_embeddings: self.text.max_position_embeddings,
+            vocabulary: self.text.vocab_size,
+            kv_bytes_per_token: self.kv_bytes_per_token(),
+        };
+        for t in self.weights.tensors() {
+            let part = match () {
+                () if t.name.starts_with(VISION_SCOPE) => &mut info.vision,
+                () if t.name.starts_with("lm_head.") => &mut info.head,
+                () => &mut info.decoder,
+            };
+            part.count += t.elements() as u64;
+            info.tensors += 1;
+            *info.bytes.entry(t.dtype.name()).or_insert(0) += t.bytes() as u64;
+        }
+        info
+    }
+
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        let t = &self.text;
+        (2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * 4) as u64
+    }
+
+    /// Most tokens of a conversation.
+    pub fn context(&self, options: &EngineOptions) -> usize {
+        options.context.min(self.text.max_position_embeddings).max(1)
+    }
+}
+
+/// The decoder's graph over `weights`, after the passes.
+pub(crate) fn text_graph(text: &TextConfig, weights: &dyn WeightSource, fuse: bool, trace: Trace) -> Result<Graph> {
+    let mut g = GraphBuilder::new(weights);
+    decoder(&mut g, text, trace)?;
+    finish(g, fuse)
+}
+
+fn finish(g: GraphBuilder<'_>, fuse: bool) -> Result<Graph> {
+    let mut graph = g.finish();
+    if fuse {
+        passes::optimise(&mut graph)?;
+    } else {
+        passes::prepare(&mut graph)?;
+    }
+    Ok(graph)
+}
+
+fn vision_encoder(g: &mut GraphBuilder<'_>, config: &VisionConfig) -> pocketglm_graph::Result<()> {
+    let y = g.scoped(VISION_SCOPE, |g| pocketglm_vit::encoder(g, config))?;
+    g.output("image_embeds", y);
+    Ok(())
+}
+
+/// Every tensor that the graphs will ask for: taken from the graphs themselves, so that the two cannot differ.
+fn expected_tensors(text: &TextConfig, vision: Option<&VisionConfig>) -> Result<Vec<ExpectedTensor>> {
+    let mut g = GraphBuilder::assuming(DType::F32);
+    decoder(&mut g, text, Trace::Off)?;
+    if let Some(config) = vision {
+        vision_encoder(&mut g, config)?;
+    }
+    let tensor = |TensorInfo { name, shape, .. }| ExpectedTensor { name, shape, optional: false };
+    Ok(g.finish().weights().into_iter().map(tensor).collect())
+}
+
+impl VisionModel {
+    fn new(
+        config: VisionConfig,
+        fields: &Fields<'_>,
+        checkpoint: &Checkpoint,
+        tokenizer: &Tokenizer,
+        weights: &dyn WeightSource,
+        options: &EngineOptions,
+    ) -> Result<VisionModel> {
+        let tokens = VisualTokens::from_fields(fields)?;
+        let names = [
+            ("<|image|>", tokens.image),
+            ("<|begin_of_video|>", tokens.video_start),
+            ("<|end_of_video|>", tokens.video_end),
+        ];
+        for (token, id) in names {
+            if tokenizer.token_id(token) != Some(id) {
+                return Err(Error::SpecialToken { token, id });
+            }
+        }
+        let mut images = match checkpoint.bytes("preprocessor_config.json")? {
+            Some(json) => PreprocessConfig::from_image_json(json.as_slice())?,
+            None => PreprocessConfig::published(),
+        };
+        let mut videos = match checkpoint.bytes("video_preprocessor_config.json")? {
+            Some(json) => PreprocessConfig::from_video_json(json.as_slice())?,
+            None => images.clone(),
+        };
+        for (file, p) in [("preprocessor_config.json", &images), ("video_preprocessor_config.json", &videos)] {
+            let found = (p.patch_size(), p.temporal_patch_size(), p.merge_size());
+            let wanted = (config.patch_size, config.temporal_patch_size, config.spatial_merge_size);
+            if found != wanted {
+                return Err(pocketglm_checkpoint::Error::Field {
+                    file: file.into(),
+                    field: "patch_size, temporal_patch_size, merge_size".into(),
+                    wanted: format!("those of config.json, {wanted:?}"),
+                    found: format!("{found:?}"),
+                }
+                .into());
+            }
+        }
+        if let Some(cap) = options.max_pixels {
+            images = images.with_max_pixels(cap)?;
+            videos = videos.with_max_pixels(cap)?;
+        }
+        let mut g = GraphBuilder::new(weights);
+        vision_encoder(&mut g, &config)?;
+        let graph = finish(g, options.fuse)?;
+        Ok(VisionModel { config, tokens, images, videos, graph })
+    }
+}
+
+/// The chat template: its own file first, then the one in the tokenizer's configuration.
+fn template(checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
+    let mut source = checkpoint.text("chat_template.jinja")?;
+    for file in ["chat_template.json", "tokenizer_config.json"] {
+        if source.is_none()
+            && let Some(json) = checkpoint.bytes(file)?
+        {
+            source = template_from_config(json.as_slice()).map_err(text_error(file))?;
+        }
+    }
+    source.map(|s| ChatTemplate::new(&s)).transpose().map_err(text_error("chat template"))
+}
+
+/// The special tokens that templates may name.
+fn template_variables(checkpoint: &Checkpoint) -> Result<Vec<(String, serde_json::Value)>> {
+    let Some(config) = checkpoint.json("tokenizer_config.json")? else { return Ok(Vec::new()) };
+    let names = ["bos_token", "eos_token", "pad_token", "unk_token"];
+    let value = |name: &&str| {
+        let v = config.get(*name)?;
+        // Either the text or an object that holds it.
+        v.as_str().or_else(|| v.get("content")?.as_str()).map(|s| (name.to_string(), s.into()))
+    };
+    Ok(names.iter().filter_map(value).collect())
+}
+
+/// End-of-sequence tokens of all places that name them, and the sampling that the checkpoint recommends.
+fn generation(checkpoint: &Checkpoint, config: &Fields<'_>) -> Result<(Vec<u32>, Sampling)> {
+    let mut eos = Vec::new();
+    let mut collect = |f: &Fields<'_>| -> Result<()> {
+        eos.extend(f.integers("eos_token_id", 64, 0..=1 << 24)?.unwrap_or_default().iter().map(|&id| id as u32));
+        Ok(())
+    };
+    collect(config)?;
+    if let Some(text) = config.child("text_config")? {
+        collect(&text)?;
+    }
+    let mut sampling = Sampling::default();
+    if let Some(json) = checkpoint.json("generation_config.json")? {
+        let f = Fields::new("generation_config.json", &json)?;
+        collect(&f)?;
+        if let Some(p) = f.number("repetition_penalty", 1e-3..=1e3)? {
+            sampling.repetition_penalty = p as f32;
+        }
+        if f.boolean("do_sample")?.unwrap_or(false) {
+            sampling.temperature = f.number("temperature", 0.0..=1e3)?.unwrap_or(1.0) as f32;
+            sampling.top_k = f.integer("top_k", 0..=1 << 24)?.unwrap_or(50);
+            sampling.top_p = f.number("top_p", 1e-9..=1.0)?.unwrap_or(1.0) as f32;
+            sampling.min_p = f.number("min_p", 0.0..=1.0)?.unwrap_or(0.0) as f32;
+        }
+    }
+    eos.sort_unstable();
+    eos.dedup();
+    Ok((eos, sampling))
+}

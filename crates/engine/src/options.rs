@@ -1,0 +1,110 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pocketglm_bpe::ContentFormat;
+use pocketglm_checkpoint::ReadMode;
+use pocketglm_glm::Sampling;
+
+/// How far a long step has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The step: "load", "encode pictures" or "read prompt".
+    pub step: &'static str,
+    /// Units done.
+    pub done: usize,
+    /// Units in all.
+    pub total: usize,
+}
+
+/// Hears of progress, from the thread that does the work.
+pub type ProgressFn = Arc<dyn Fn(Progress) + Send + Sync>;
+
+/// How a checkpoint is loaded.
+#[derive(Clone)]
+pub struct EngineOptions {
+    /// Threads; 0 takes as many as the system offers.
+    pub threads: usize,
+    /// Most tokens of a conversation, prompt and answer; at most what the model was made for.
+    pub context: usize,
+    /// Most tokens that one prefill step takes. Larger is faster and needs more memory.
+    pub prefill_chunk: usize,
+    /// Cap on the pixels of a picture, counted as the checkpoint does: a still picture counts as two frames.
+    pub max_pixels: Option<u64>,
+    /// Most bytes that the plan may need; loading is refused above.
+    pub memory: Option<u64>,
+    /// How messages reach the chat template.
+    pub content_format: ContentFormat,
+    /// Whether weights are mapped or copied into memory.
+    pub read_mode: ReadMode,
+    /// Whether the graph is fused. Off only for comparisons.
+    pub fuse: bool,
+    /// Hears of loading and encoding.
+    pub progress: Option<ProgressFn>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            threads: 0,
+            context: 8192,
+            prefill_chunk: 512,
+            max_pixels: None,
+            memory: None,
+            content_format: ContentFormat::Hf,
+            read_mode: ReadMode::Map,
+            fuse: true,
+            progress: None,
+        }
+    }
+}
+
+impl EngineOptions {
+    pub(crate) fn report(&self, step: &'static str, done: usize, total: usize) {
+        if let Some(progress) = &self.progress {
+            progress(Progress { step, done, total });
+        }
+    }
+}
+
+/// How an answer is generated.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Most tokens of the answer.
+    pub max_new_tokens: usize,
+    /// Texts that end the answer and are not part of it.
+    pub stop: Vec<String>,
+    /// Whether to go on after an end-of-sequence token.
+    pub ignore_eos: bool,
+    /// Stops the work from another thread.
+    pub cancel: Cancel,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> GenerateOptions {
+        GenerateOptions {
+            sampling: Sampling::default(),
+            max_new_tokens: 1024,
+            stop: Vec::new(),
+            ignore_eos: false,
+            cancel: Cancel::default(),
+        }
+    }
+}
+
+/// A switch that stops a generation from another thread, within one token or one step of the prefill.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Stops every generation that was given this switch.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was used.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,121 @@
+//! The memory plan: what a run will take, printed before anything is allocated.
+
+use std::fmt;
+
+use pocketglm_graph::{Bindings, plan_memory};
+use pocketglm_tensor::Cpu;
+
+use crate::model::Model;
+use crate::{Error, Result};
+
+/// Bytes of program code, stacks and the allocator's rest, measured for a stripped release build of the program.
+const PROGRAM_BYTES: u64 = 12 << 20;
+/// Bytes of tables per byte of `tokenizer.json`, measured at vocabularies of 1,024 and 151,552.
+const TOKENIZER_FACTOR: u64 = 3;
+
+/// One part of a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// What it is for.
+    pub name: &'static str,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// What a run takes, by use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// The parts, in the order in which they are taken.
+    pub parts: Vec<MemoryUse>,
+    /// Tokens that the KV cache holds.
+    pub context: usize,
+    /// Patches of the largest picture.
+    pub patches: usize,
+}
+
+impl MemoryPlan {
+    /// The sum of all parts.
+    pub fn total(&self) -> u64 {
+        self.parts.iter().map(|p| p.bytes).sum()
+    }
+
+    /// Refuses a plan above `budget`.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the figures.
+    pub fn check(&self, budget: Option<u64>) -> Result<()> {
+        match budget {
+            Some(budget) if self.total() > budget => {
+                Err(Error::Budget { needed: self.total(), plan: self.to_string(), budget })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, part) in self.parts.iter().filter(|p| p.bytes > 0).enumerate() {
+            write!(f, "{}{} {}", if i > 0 { ", " } else { "" }, part.name, part.bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Sizes of one run, as the plan needs them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RunSize {
+    /// Tokens of prompt and answer.
+    pub context: usize,
+    /// Tokens of the largest prefill step.
+    pub chunk: usize,
+    /// Patches of the largest picture; 0 for text alone.
+    pub patches: usize,
+    /// Patches of all pictures of the prompt.
+    pub all_patches: usize,
+    /// Pixels of the largest picture as decoded.
+    pub pixels: usize,
+}
+
+/// Bindings of one decoder step.
+pub(crate) fn decoder_bindings(chunk: usize, past: usize, visual: usize, rows: usize, capacity: usize) -> Bindings {
+    Bindings::new().with("T", chunk).with("P", past).with("V", visual).with("R", rows).with("C", capacity)
+}
+
+/// Bindings of one picture of `patches` patches in `segments` temporal patches.
+pub(crate) fn vision_bindings(patches: usize, merge: usize, segments: usize) -> Bindings {
+    Bindings::new().with("M", patches / (merge * merge).max(1)).with("G", segments + 1)
+}
+
+pub(crate) fn plan(model: &Model, cpu: &Cpu, size: &RunSize) -> Result<MemoryPlan> {
+    let chunk = size.chunk.min(size.context).max(1);
+    let past = size.context - chunk;
+    let visual = if size.patches > 0 { chunk } else { 0 };
+    let text = plan_memory(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context), cpu)?;
+    let mut parts = vec![
+        MemoryUse { name: "program", bytes: PROGRAM_BYTES },
+        MemoryUse { name: "tokenizer", bytes: model.tokenizer_bytes * TOKENIZER_FACTOR },
+        MemoryUse { name: "decoder weights", bytes: text.weights + text.converted },
+        MemoryUse { name: "KV cache", bytes: text.states },
+        MemoryUse { name: "decoder activations", bytes: text.activations },
+    ];
+    let mut scratch = text.scratch;
+    if let Some(vision) = model.vision.as_ref().filter(|_| size.patches > 0) {
+        let merge = vision.config.spatial_merge_size;
+        let memory = plan_memory(&vision.graph, &vision_bindings(size.patches, merge, 1), cpu)?;
+        let row = vision.config.patch_elements() as u64 * 4;
+        let tokens = (size.all_patches / (merge * merge)) as u64;
+        parts.push(MemoryUse { name: "vision weights", bytes: memory.weights + memory.converted });
+        parts.push(MemoryUse { name: "vision activations", bytes: memory.activations });
+        parts.push(MemoryUse {
+            name: "pictures",
+            // Decoded pixels and their resized copy, patch rows, and the encoded rows.
+            bytes: size.pixels as u64 * 3 * 2
+                + size.all_patches as u64 * row
+                + tokens * vision.config.out_hidden_size as u64 * 4,
+        });
+        scratch = scratch.max(memory.scratch);
+    }
+    parts.push(MemoryUse { name: "kernel scratch", bytes: scratch });
+    Ok(MemoryPlan { parts, context: size.context, patches: size.patches })
+}

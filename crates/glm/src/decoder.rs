@@ -1,0 +1,117 @@
+//! The GLM-4 decoder as graph functions.
+//!
+//! Letters: `T` new tokens, `P` past tokens, `C` capacity of the KV cache, `V` picture rows among the new
+//! tokens, `R` rows whose logits are wanted; `D` width, `H` heads, `K` key heads, `d` head width.
+
+use pocketglm_graph::ops::{RopeLayout, SoftmaxMask};
+use pocketglm_graph::{Dim, GraphBuilder, Result, Value};
+use pocketglm_tensor::DType;
+
+use crate::TextConfig;
+
+/// Which intermediate results a decoder graph names besides `logits`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trace {
+    /// None.
+    Off,
+    /// `hidden_states.{i}`: the embeddings, then each layer's result, the last one after the final norm.
+    HiddenStates,
+}
+
+/// The decoder: reads `input_ids [T]`, `position_ids [3, T]`, `image_at [V]`, `image_embeds [V, D]`, `logit_rows
+/// [R]`, appends to the states `k` and `v` of each layer, and names the result `logits [R, vocabulary]`.
+///
+/// Weights are taken from `model.language_model` and `lm_head`.
+///
+/// # Errors
+/// Missing or misshapen weights, by name.
+pub fn decoder(g: &mut GraphBuilder<'_>, config: &TextConfig, trace: Trace) -> Result<()> {
+    let (t, v, r) = (Dim::symbol("T"), Dim::symbol("V"), Dim::symbol("R"));
+    let d = config.hidden_size;
+    let ids = g.input("input_ids", DType::I32, std::slice::from_ref(&t))?;
+    let positions = g.input("position_ids", DType::I32, &[3.into(), t.clone()])?;
+    let image_at = g.input("image_at", DType::I32, std::slice::from_ref(&v))?;
+    let image_embeds = g.input("image_embeds", DType::F32, &[v, d.into()])?;
+    let logit_rows = g.input("logit_rows", DType::I32, std::slice::from_ref(&r))?;
+
+    let x = g.scoped("model.language_model", |g| {
+        let table = g.weight("embed_tokens.weight", &[config.vocab_size, d])?;
+        let x = g.gather_rows(table, ids)?;
+        let mut x = g.scatter_rows(x, image_at, image_embeds)?;
+        let rope = g.rope_table(positions, config.rope_theta, &config.axis_of_frequency(), config.rotary_dim / 2)?;
+        for i in 0..config.num_hidden_layers {
+            if trace == Trace::HiddenStates {
+                g.output(&format!("hidden_states.{i}"), x);
+            }
+            x = g.scoped(&format!("layers.{i}"), |g| layer(g, config, x, rope))?;
+        }
+        if trace == Trace::HiddenStates {
+            x = g.rms_norm("norm", x, config.rms_norm_eps)?;
+            g.output(&format!("hidden_states.{}", config.num_hidden_layers), x);
+            return g.gather_rows(x, logit_rows);
+        }
+        // The norm works row by row, so only the rows that are wanted need it.
+        let x = g.gather_rows(x, logit_rows)?;
+        g.rms_norm("norm", x, config.rms_norm_eps)
+    })?;
+    let logits = if config.tie_word_embeddings {
+        let head = g.weight("model.language_model.embed_tokens.weight", &[config.vocab_size, d])?;
+        g.matmul(x, head, true)?
+    } else {
+        g.linear("lm_head", x, config.vocab_size, false)?
+    };
+    g.output("logits", logits);
+    Ok(())
+}
+
+/// One decoder layer: each half has a norm before it and a norm before its residual; `x: [T, D]`.
+fn layer(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Value) -> Result<Value> {
+    let eps = config.rms_norm_eps;
+    let a = g.rms_norm("input_layernorm", x, eps)?;
+    let a = g.scoped("self_attn", |g| attention(g, config, a, rope))?;
+    let a = g.rms_norm("post_self_attn_layernorm", a, eps)?;
+    let x = g.add(x, a)?;
+    let m = g.rms_norm("post_attention_layernorm", x, eps)?;
+    let m = g.scoped("mlp", |g| mlp(g, config, m))?;
+    let m = g.rms_norm("post_mlp_layernorm", m, eps)?;
+    g.add(x, m)
+}
+
+/// Causal attention over the cache; `x: [T, D]`.
+fn attention(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Value) -> Result<Value> {
+    let (h, k, d) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+    let (t, past) = (g.shape(x)[0].clone(), Dim::symbol("P"));
+    let keys = past.clone() + t.clone();
+    let rotated = |g: &mut GraphBuilder<'_>, name: &str, heads: usize| {
+        let y = g.linear(name, x, heads * d, config.attention_bias)?;
+        let y = g.reshape(y, &[t.clone(), heads.into(), d.into()])?;
+        g.rope(y, rope, RopeLayout::Interleaved)
+    };
+    let q = rotated(g, "q_proj", h)?;
+    let new_k = rotated(g, "k_proj", k)?;
+    let new_k = g.reshape(new_k, &[t.clone(), (k * d).into()])?;
+    let new_v = g.linear("v_proj", x, k * d, config.attention_bias)?;
+    let cached = |g: &mut GraphBuilder<'_>, name: &str, rows: Value| {
+        let state = g.state(name, &[Dim::symbol("C"), (k * d).into()])?;
+        let state = g.kv_append(rows, state, past.clone())?;
+        let rows = g.slice(state, 0, 0, keys.clone())?;
+        g.reshape(rows, &[keys.clone(), k.into(), d.into()])
+    };
+    let keys_now = cached(g, "k", new_k)?;
+    let values_now = cached(g, "v", new_v)?;
+    let scale = 1.0 / (d as f32).sqrt();
+    let mask = SoftmaxMask::Causal { past: past.clone() };
+    let y = g.attention(q, keys_now, values_now, scale, mask, None)?;
+    g.linear("o_proj", y, config.hidden_size, false)
+}
+
+/// `down(silu(gate(x)) * up(x))`; gate and up are one matrix, gate rows first.
+fn mlp(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value) -> Result<Value> {
+    let inner = config.intermediate_size;
+    let both = g.linear("gate_up_proj", x, 2 * inner, false)?;
+    let gate = g.slice(both, 1, 0, inner)?;
+    let up = g.slice(both, 1, inner, inner)?;
+    let gate = g.silu(gate)?;
+    let y = g.mul(gate, up)?;
+    g.linear("down_proj", y, config.hidden_size, false)
+}

@@ -1,0 +1,166 @@
+//! What runs a graph: a narrow interface, so that a backend is chosen at run time.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use pocketglm_tensor::WeightSource;
+
+use crate::dim::Bindings;
+use crate::graph::Graph;
+use crate::{Error, Result};
+
+/// Compiles graphs for one device.
+pub trait Backend: Send + Sync {
+    /// The device, for people: `cpu (avx512, 2 threads)`.
+    fn describe(&self) -> String;
+
+    /// Resolves the weights of a graph and makes it ready to run.
+    ///
+    /// # Errors
+    /// Weights that are missing or not finite, and memory that cannot be had, each naming the tensor.
+    fn compile(&self, graph: &Graph, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Program>>;
+}
+
+/// A compiled graph. One program serves every length; runs from several threads follow one another.
+pub trait Program: Send + Sync {
+    /// The graph that runs, after all passes.
+    fn graph(&self) -> &Graph;
+
+    /// Bytes that a run under `bindings` takes, by use.
+    ///
+    /// # Errors
+    /// Unbound or impossible sizes.
+    fn memory(&self, bindings: &Bindings) -> Result<ProgramMemory>;
+
+    /// Empty states for a graph whose capacities are bound in `bindings`.
+    ///
+    /// # Errors
+    /// Memory that cannot be had.
+    fn new_state(&self, bindings: &Bindings) -> Result<ProgramState>;
+
+    /// Gives the states other capacities; what they hold up to the smaller capacity stays.
+    ///
+    /// # Errors
+    /// Memory that cannot be had; the states keep their old capacities then.
+    fn resize_state(&self, state: &mut ProgramState, bindings: &Bindings) -> Result<()>;
+
+    /// Gives memory back that only runs need; the next run takes it again.
+    fn trim(&self);
+
+    /// Runs the graph once. `bindings` give every size but the capacities, which the state knows.
+    ///
+    /// # Errors
+    /// Inputs that are missing or have the wrong size, and what the kernels report.
+    fn run(&self, state: &mut ProgramState, inputs: &Inputs<'_>, bindings: &Bindings) -> Result<Outputs>;
+}
+
+/// Bytes of one program, by use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProgramMemory {
+    /// Weights used as the checkpoint stores them (mapped where they come from a file).
+    pub weights: u64,
+    /// Weights held in another form: widened vectors, load-time results.
+    pub converted: u64,
+    /// States, such as KV caches.
+    pub states: u64,
+    /// Intermediates, with reuse.
+    pub activations: u64,
+    /// Working memory of kernels.
+    pub scratch: u64,
+}
+
+impl ProgramMemory {
+    /// The sum.
+    pub fn total(&self) -> u64 {
+        self.weights + self.converted + self.states + self.activations + self.scratch
+    }
+}
+
+/// What a program keeps from run to run. It belongs to the backend that made it.
+pub struct ProgramState {
+    /// The backend's own representation.
+    pub inner: Box<dyn Any + Send>,
+    /// Sizes that the state's capacities were made for.
+    pub bindings: Bindings,
+}
+
+/// Values that the caller gives to one run.
+#[derive(Default)]
+pub struct Inputs<'a> {
+    values: Vec<(&'a str, InputData<'a>)>,
+}
+
+/// The elements of an input.
+#[derive(Clone, Copy, Debug)]
+pub enum InputData<'a> {
+    /// Numbers.
+    F32(&'a [f32]),
+    /// Indices and positions.
+    I32(&'a [i32]),
+}
+
+impl InputData<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            InputData::F32(x) => x.len(),
+            InputData::I32(x) => x.len(),
+        }
+    }
+}
+
+impl<'a> Inputs<'a> {
+    /// No inputs.
+    pub fn new() -> Inputs<'a> {
+        Inputs::default()
+    }
+
+    /// Adds numbers.
+    pub fn f32(mut self, name: &'a str, values: &'a [f32]) -> Inputs<'a> {
+        self.values.push((name, InputData::F32(values)));
+        self
+    }
+
+    /// Adds indices or positions.
+    pub fn i32(mut self, name: &'a str, values: &'a [i32]) -> Inputs<'a> {
+        self.values.push((name, InputData::I32(values)));
+        self
+    }
+
+    /// The input of this name.
+    ///
+    /// # Errors
+    /// [`Error::Name`] where it was not given.
+    pub fn get(&self, name: &str) -> Result<InputData<'a>> {
+        self.values.iter().find(|(n, _)| *n == name).map(|(_, d)| *d).ok_or_else(|| Error::Name {
+            kind: "input",
+            name: name.into(),
+            what: "was not given".into(),
+        })
+    }
+}
+
+/// Named results of one run.
+#[derive(Clone, Debug, Default)]
+pub struct Outputs(pub Vec<(String, Output)>);
+
+/// One result.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its elements, row-major.
+    pub values: Vec<f32>,
+}
+
+impl Outputs {
+    /// Takes the result of this name out.
+    ///
+    /// # Errors
+    /// [`Error::Name`] where the program has no such result.
+    pub fn take(&mut self, name: &str) -> Result<Output> {
+        match self.0.iter().position(|(n, _)| n == name) {
+            Some(i) => Ok(self.0.swap_remove(i).1),
+            None => Err(Error::Name { kind: "output", name: name.into(), what: "is not one of the program".into() }),
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! The CPU backend: runs the nodes in order on the kernels of `pocketglm-tensor`.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pocketglm_tensor::ops::linear_scratch_bytes;
+use pocketglm_tensor::{AlignedF32, Cpu, DType, Tensor, Weight, WeightSource};
+
+use crate::backend::{Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState};
+use crate::dim::{Bindings, eval_shape};
+use crate::graph::{Graph, Value};
+use crate::ops::{Call, Data, Op, Operand};
+use crate::plan::{Place, Plan};
+use crate::{Error, Result};
+
+/// Runs graphs on the processor.
+#[derive(Clone)]
+pub struct CpuBackend {
+    cpu: Arc<Cpu>,
+}
+
+impl CpuBackend {
+    /// A backend on this execution context.
+    pub fn new(cpu: Arc<Cpu>) -> CpuBackend {
+        CpuBackend { cpu }
+    }
+
+    /// The execution context.
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+}
+
+impl Backend for CpuBackend {
+    fn describe(&self) -> String {
+        format!("cpu ({:?}, {} threads)", self.cpu.isa(), self.cpu.threads()).to_lowercase()
+    }
+
+    fn compile(&self, graph: &Graph, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Program>> {
+        Ok(Box::new(CpuProgram::new(self.cpu.clone(), graph.clone(), &*weights)?))
+    }
+}
+
+/// What a source or load-time node holds.
+enum Held {
+    /// Nothing: an input, a state, or a node that runs.
+    Nothing,
+    /// A weight as stored.
+    Stored(Tensor),
+    /// Values in f32.
+    Values(AlignedF32),
+}
+
+struct CpuProgram {
+    cpu: Arc<Cpu>,
+    graph: Graph,
+    held: Vec<Vec<Held>>,
+    /// Names of the states, in the order of their buffers.
+    states: Vec<(usize, String)>,
+    /// The arena, and plans of the sizes used last.
+    work: Mutex<Work>,
+    /// The names that sizes of this graph depend on.
+    sized_by: Vec<&'static str>,
+}
+
+#[derive(Default)]
+struct Work {
+    arena: AlignedF32,
+    plans: Vec<(Bindings, Arc<Plan>)>,
+}
+
+/// Buffers of the states, in the program's order.
+struct CpuState {
+    buffers: Vec<AlignedF32>,
+}
+
+/// Plans kept: prefill chunk, its remainder, decode, and one to spare.
+const PLANS: usize = 4;
+
+impl CpuProgram {
+    fn new(cpu: Arc<Cpu>, graph: Graph, weights: &dyn WeightSource) -> Result<CpuProgram> {
+        let mut stored = vec![true; graph.nodes.len()];
+        for node in &graph.nodes {
+            for (i, v) in node.inputs.iter().enumerate() {
+                let matrix = graph.meta(*v).shape.len() == 2;
+                stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
+            }
+        }
+        let states = graph.nodes.iter().enumerate().filter_map(|(i, n)| match &n.op {
+            Op::State(s) => Some((i, s.name.clone())),
+            _ => None,
+        });
+        let mut program = CpuProgram {
+            states: states.collect(),
+            held: Vec::with_capacity(graph.nodes.len()),
+            work: Mutex::new(Work::default()),
+            sized_by: symbols(&graph),
+            cpu,
+            graph,
+        };
+        for (i, keep) in stored.into_iter().enumerate() {
+            let node = &program.graph.nodes[i];
+            let held = match &node.op {
+                Op::Weight(w) => vec![hold(&weights.tensor(&w.name)?.reshaped(&w.shape)?, &w.name, keep)?],
+                Op::Constant(c) => vec![hold(&c.tensor, "a constant", keep)?],
+                op if node.load_time => {
+                    program.load_time(i).map_err(|e| e.at(format!("{} {}", node.scope, op.name())))?
+                }
+                _ => node.outputs.iter().map(|_| Held::Nothing).collect(),
+            };
+            program.held.push(held);
+        }
+        Ok(program)
+    }
+
+    /// Computes a node that depends on weights alone.
+    fn load_time(&self, i: usize) -> Result<Vec<Held>> {
+        let node = &self.graph.nodes[i];
+        let none = Bindings::new();
+        let shapes: Vec<Vec<usize>> =
+            node.outputs.iter().map(|m| eval_shape(&m.shape, &none)).collect::<Result<_>>()?;
+        let input_shapes: Vec<Vec<usize>> =
+            node.inputs.iter().map(|v| eval_shape(&self.graph.meta(*v).shape, &none)).collect::<Result<_>>()?;
+        let mut results: Vec<AlignedF32> =
+            shapes.iter().map(|s| AlignedF32::zeroed(s.iter().product())).collect::<pocketglm_tensor::Result<_>>()?;
+        let mut scratch = AlignedF32::zeroed(node.op.def().scratch(&input_shapes, &shapes))?;
+        let mut inputs = Vec::with_capacity(node.inputs.len());
+        for (v, shape) in node.inputs.iter().zip(&input_shapes) {
+            inputs.push(Operand { data: self.held_data(*v)?, shape });
+        }
+        let mut outputs: Vec<&mut [f32]> = results.iter_mut().map(|r| &mut r[..]).collect();
+        let (bindings, scratch) = (&none, &mut scratch[..]);
+        node.op.def().run(&mut Call { cpu: &self.cpu, bindings, inputs: &inputs, outputs: &mut outputs, scratch })?;
+        Ok(results.into_iter().map(Held::Values).collect())
+    }
+
+    fn held_data(&self, v: Value) -> Result<Data<'_>> {
+        Ok(match &self.held[v.node()][v.port()] {
+            Held::Values(x) => Data::F32(x),
+            Held::Stored(t) => Data::Weight(Weight::of(t)?),
+            Held::Nothing => {
+                return Err(Error::Name {
+                    kind: "state",
+                    name: self.graph.node(v).scope.clone(),
+                    what: "holds nothing".into(),
+                });
+            }
+        })
+    }
+
+    fn plan(&self, work: &mut Work, bindings: &Bindings) -> Result<Arc<Plan>> {
+        let mut key = Bindings::new();
+        for name in self.sized_by.iter().copied() {
+            key.set(name, bindings.get(name).ok_or(Error::Unbound { name })?);
+        }
+        if let Some(at) = work.plans.iter().position(|(k, _)| *k == key) {
+            let found = work.plans.remove(at);
+            work.plans.push(found);
+        } else {
+            let plan = Arc::new(Plan::new(&self.graph, bindings)?);
+            if work.plans.len() == PLANS {
+                work.plans.remove(0);
+            }
+            work.plans.push((key, plan));
+        }
+        // The entry was put last just now.
+        work.plans.last().map(|(_, p)| p.clone()).ok_or(Error::Unbound { name: "plan" })
+    }
+}
+
+/// The names that shapes and views of a graph depend on. What only ops depend on, such as the number of keys of
+/// a fused attention, is not among them, so a decode step finds the plan of the last one.
+fn symbols(graph: &Graph) -> Vec<&'static str> {
+    let mut names = Vec::new();
+    for node in &graph.nodes {
+        for dim in node.outputs.iter().flat_map(|m| &m.shape) {
+            dim.symbols(&mut names);
+        }
+        if let Op::Slice(s) = &node.op {
+            s.start.symbols(&mut names);
+            s.len.symbols(&mut names);
+        }
+    }
+    names
+}
+
+/// A weight as it will be used: as stored, or widened to f32. Widened values are checked, stored ones when the
+/// results are not finite, because checking them here would read the whole file.
+fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
+    if keep && tensor.dtype().is_float() {
+        return Ok(Held::Stored(tensor.clone().aligned()?));
+    }
+    if !tensor.dtype().is_float() {
+        return Err(pocketglm_tensor::Error::DType { op: "weight", wanted: "F32, F16 or BF16", found: tensor.dtype() }.into());
+    }
+    let values = tensor.to_f32()?;
+    if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+        return Err(pocketglm_tensor::Error::Source {
+            name: name.into(),
+            place: "the checkpoint".into(),
+            what: format!("element {i} is {}, expected a finite number", values[i]),
+        }
+        .into());
+    }
+    let mut copy = AlignedF32::zeroed(values.len())?;
+    copy.copy_from_slice(&values);
+    Ok(Held::Values(copy))
+}
+
+impl Program for CpuProgram {
+    fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    fn memory(&self, bindings: &Bindings) -> Result<ProgramMemory> {
+        let plan = Plan::new(&self.graph, bindings)?;
+        let mut memory = memory_of(&self.graph, &plan, &self.cpu)?;
+        (memory.weights, memory.converted) = (0, 0);
+        for held in self.held.iter().flatten() {
+            match held {
+                Held::Stored(t) => memory.weights += t.bytes().len() as u64,
+                Held::Values(v) => memory.converted += v.len() as u64 * 4,
+                Held::Nothing => {}
+            }
+        }
+        Ok(memory)
+    }
+
+    fn new_state(&self, bindings: &Bindings) -> Result<ProgramState> {
+        let mut state = ProgramState { inner: Box::new(CpuState { buffers: Vec::new() }), bindings: bindings.clone() };
+        self.resize_state(&mut state, bindings)?;
+        Ok(state)
+    }
+
+    fn resize_state(&self, state: &mut ProgramState, bindings: &Bindings) -> Result<()> {
+        let buffers = &mut own(state)?.buffers;
+        buffers.resize_with(self.states.len(), AlignedF32::default);
+        for (buffer, (i, _)) in buffers.iter_mut().zip(&self.states) {
+            let shape = eval_shape(&self.graph.nodes[*i].outputs[0].shape, bindings)?;
+            buffer.resize(shape.iter().product())?;
+        }
+        state.bindings = bindings.clone();
+        Ok(())
+    }
+
+    fn trim(&self) {
+        *self.work.lock().unwrap_or_else(PoisonError::into_inner) = Work::default();
+    }
+
+    fn run(&self, state: &mut ProgramState, inputs: &Inputs<'_>, bindings: &Bindings) -> Result<Outputs> {
+        let mut all = bindings.clone();
+        for (name, size) in state.bindings.iter() {
+            all.set(name, size);
+        }
+        let mut given: HashMap<usize, InputData<'_>> = HashMap::new();
+        for (i, node) in self.graph.nodes.iter().enumerate() {
+            if let Op::Input(input) = &node.op {
+                given.insert(i, checked_input(input, inputs, &all)?);
+            }
+        }
+        // A panic in an earlier run leaves only scratch data behind.
+        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = self.plan(&mut work, &all)?;
+        if work.arena.len() < plan.arena {
+            work.arena = AlignedF32::default();
+            work.arena.resize(plan.arena)?;
+        }
+        let run = Run { program: self, plan: &plan, given: &given, bindings: &all };
+        let buffers = &mut own(state)?.buffers;
+        for i in 0..self.graph.nodes.len() {
+            let node = &self.graph.nodes[i];
+            if !(node.op.is_source() || node.op.is_view() || node.load_time) {
+                run.node(i, &mut work.arena, buffers)
+                    .map_err(|e| e.at(format!("{} {}", node.scope, node.op.name())))?;
+            }
+        }
+        let mut outputs = Outputs::default();
+        for (name, v) in &self.graph.outputs {
+            let operand = run.operand(*v, &Carved::whole(&work.arena), buffers)?;
+            let Data::F32(values) = operand.data else { continue };
+            outputs.0.push((name.clone(), Output { shape: operand.shape.to_vec(), values: values.to_vec() }));
+        }
+        Ok(outputs)
+    }
+}
+
+fn own(state: &mut ProgramState) -> Result<&mut CpuState> {
+    state.inner.downcast_mut::<CpuState>().ok_or_else(|| Error::Name {
+        kind: "state",
+        name: "program state".into(),
+        what: "belongs to another backend".into(),
+    })
+}
+
+fn checked_input<'a>(input: &crate::ops::Input, inputs: &Inputs<'a>, bindings: &Bindings) -> Result<InputData<'a>> {
+    let data = inputs.get(&input.name)?;
+    let wanted: usize = eval_shape(&input.meta.shape, bindings)?.iter().product();
+    let kind = match data {
+        InputData::F32(_) => DType::F32,
+        InputData::I32(_) => DType::I32,
+    };
+    if data.len() != wanted || kind != input.meta.dtype {
+        let what = format!("needs {wanted} elements of {}, found {} of {kind}", input.meta.dtype, data.len());
+        return Err(Error::Name { kind: "input", name: input.name.clone(), what });
+    }
+    Ok(data)
+}
+
+/// One run in progress.
+struct Run<'a> {
+    program: &'a CpuProgram,
+    plan: &'a Plan,
+    given: &'a HashMap<usize, InputData<'a>>,
+    bindings: &'a Bindings,
+}
+
+impl Run<'_> {
+    fn node(&self, i: usize, arena: &mut AlignedF32, buffers: &mut [AlignedF32]) -> Result<()> {
+        let node = &self.program.graph.nodes[i];
+        let states = node.op.state_results();
+        // States that the node changes are taken out, so that they can be written while others are read.
+        let mut taken: Vec<(usize, AlignedF32)> = Vec::with_capacity(states);
+        for v in &node.inputs[node.inputs.len() - states..] {
+            let (root, _) = self.plan.root(*v);
+            let at = self.state_index(root)?;
+            taken.push((at, std::mem::take(&mut buffers[at])));
+        }
+        let mut wanted: Vec<Range<usize>> = Vec::with_capacity(node.outputs.len() + 1);
+        for place in &self.plan.places[i] {
+            if let Place::Arena(range) = place {
+                wanted.push(range.clone());
+            }
+        }
+        wanted.push(self.plan.scratch[i].clone());
+        let (mut pieces, rest) = carve(arena, &wanted)?;
+        let scratch = pieces.pop().unwrap_or(&mut []);
+        let mut inputs = Vec::with_capacity(node.inputs.len());
+        for (k, v) in node.inputs.iter().enumerate() {
+            inputs.push(if k + states >= node.inputs.len() {
+                Operand { data: Data::F32(&[]), shape: self.plan.shape(*v) }
+            } else {
+                self.operand(*v, &rest, buffers)?
+            });
+        }
+        pieces.extend(taken.iter_mut().map(|(_, b)| &mut b[..]));
+        let (cpu, bindings) = (&*self.program.cpu, self.bindings);
+        let result = node.op.def().run(&mut Call { cpu, bindings, inputs: &inputs, outputs: &mut pieces, scratch });
+        drop(inputs);
+        for (at, buffer) in taken {
+            buffers[at] = buffer;
+        }
+        result
+    }
+
+    fn state_index(&self, root: Value) -> Result<usize> {
+        self.program.states.iter().position(|(n, _)| *n == root.node()).ok_or_else(|| Error::Name {
+            kind: "state",
+            name: self.program.graph.node(root).scope.clone(),
+            what: "is not one of the program".into(),
+        })
+    }
+
+    /// The data of a value: a view of its root's data.
+    fn operand<'s>(&'s self, v: Value, rest: &Carved<'s>, buffers: &'s [AlignedF32]) -> Result<Operand<'s>> {
+        let shape = self.plan.shape(v);
+        let (root, offset) = self.plan.root(v);
+        let part = offset..offset + shape.iter().product::<usize>();
+        let outside = || Error::Shape { op: "view", wanted: format!("{part:?}"), found: "less".into() };
+        let view = |x: &'s [f32]| x.get(part.clone()).map(Data::F32).ok_or_else(outside);
+        let data = match &self.plan.places[root.node()][root.port()] {
+            Place::Arena(range) => view(rest.get(range)?)?,
+            _ => match &self.program.graph.node(root).op {
+                Op::State(_) => view(&buffers[self.state_index(root)?])?,
+                Op::Input(_) => match self.given.get(&root.node()) {
+                    Some(InputData::F32(x)) => view(x)?,
+                    Some(InputData::I32(x)) => Data::I32(x.get(part.clone()).ok_or_else(outside)?),
+                    None => return Err(outside()),
+                },
+                _ => match self.program.held_data(root)? {
+                    Data::F32(x) => view(x)?,
+                    stored => stored,
+                },
+            },
+        };
+        Ok(Operand { data, shape })
+    }
+}
+
+/// The arena without the pieces that are being written.
+struct Carved<'a> {
+    gaps: Vec<(usize, &'a [f32])>,
+}
+
+impl<'a> Carved<'a> {
+    fn whole(arena: &'a [f32]) -> Carved<'a> {
+        Carved { gaps: vec![(0, arena)] }
+    }
+
+    fn get(&self, range: &Range<usize>) -> Result<&'a [f32]> {
+        self.gaps
+            .iter()
+            .find_map(|(start, gap)| {
+                gap.get(range.start.checked_sub(*start)?..range.end.checked_sub(*start)?)
+            })
+            .ok_or_else(|| Error::Shape {
+                op: "plan",
+                wanted: format!("{range:?} free of results"),
+                found: "an overlap".into(),
+            })
+    }
+}
+
+/// Splits the arena into the ranges that are written, in their order, and the gaps between them.
+fn carve<'a>(arena: &'a mut [f32], wanted: &[Range<usize>]) -> Result<(Vec<&'a mut [f32]>, Carved<'a>)> {
+    let mut order: Vec<usize> = (0..wanted.len()).collect();
+    order.sort_by_key(|&i| (wanted[i].start, wanted[i].end));
+    let mut pieces: Vec<Option<&'a mut [f32]>> = wanted.iter().map(|_| None).collect();
+    let mut gaps = Vec::with_capacity(wanted.len() + 1);
+    let (mut at, mut rest) = (0, arena);
+    for i in order {
+        let Range { start, end } = wanted[i].clone();
+        if start == end {
+            pieces[i] = Some(&mut []);
+            continue;
+        }
+        let overlap = || Error::Shape { op: "plan", wanted: "disjoint results".into(), found: format!("{wanted:?}") };
+        if start < at || end - at > rest.len() {
+            return Err(overlap());
+        }
+        let (gap, tail) = rest.split_at_mut(start - at);
+        let (piece, tail) = tail.split_at_mut(end - start);
+        gaps.push((at, &*gap));
+        pieces[i] = Some(piece);
+        (at, rest) = (end, tail);
+    }
+    gaps.push((at, &*rest));
+    Ok((pieces.into_iter().flatten().collect(), Carved { gaps }))
+}
+
+/// Bytes of a graph by use, from shapes alone: what [`Program::memory`] gives once weights are resolved.
+///
+/// # Errors
+/// Unbound or impossible sizes.
+pub fn plan_memory(graph: &Graph, bindings: &Bindings, cpu: &Cpu) -> Result<ProgramMemory> {
+    memory_of(graph, &Plan::new(graph, bindings)?, cpu)
+}
+
+fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
+    let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
+    let mut stored = vec![true; graph.nodes.len()];
+    for node in &graph.nodes {
+        for (i, v) in node.inputs.iter().enumerate() {
+            let matrix = graph.meta(*v).shape.len() == 2;
+            stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
+        }
+    }
+    for (i, node) in graph.nodes.iter().enumerate() {
+        let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();
+        match &node.op {
+            Op::Weight(w) if stored[i] => memory.weights += elements * w.dtype.size() as u64,
+            Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
+            Op::State(_) => memory.states += elements * 4,
+            _ if node.load_time => memory.converted += elements * 4,
+            Op::Linear(_) | Op::Qkv(_) | Op::MatMul(_) => {
+                let x = plan.shape(node.inputs[0]);
+                let k = x.last().copied().unwrap_or(0);
+                let m = x.iter().rev().skip(1).product();
+                memory.scratch = memory.scratch.max(linear_scratch_bytes(cpu, m, k) as u64);
+            }
+            Op::Attention(a) => {
+                let t = plan.shape(node.inputs[0])[0];
+                let s = plan.shape(node.inputs[1])[0];
+                let bytes = a.scratch_bytes(cpu, t, s)?;
+                memory.scratch = memory.scratch.max(bytes);
+            }
+            _ => {}
+        }
+    }
+    Ok(memory)
+}

@@ -1,0 +1,224 @@
+//! The graph itself: nodes in topological order, each with its op, operands and the place in the model.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pocketglm_tensor::DType;
+
+use crate::dim::{Dim, product};
+use crate::ops::Op;
+use crate::{Error, Result};
+
+/// One result of one node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Value {
+    pub(crate) node: u32,
+    pub(crate) port: u16,
+}
+
+impl Value {
+    /// Index of the node that makes this value.
+    pub fn node(self) -> usize {
+        self.node as usize
+    }
+
+    /// Which of that node's results it is.
+    pub fn port(self) -> usize {
+        self.port as usize
+    }
+}
+
+/// Element type and symbolic shape of a value.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Meta {
+    /// Element type. For weights the type that the checkpoint stores; activations are F32.
+    pub dtype: DType,
+    /// Shape, slowest dimension first.
+    pub shape: Vec<Dim>,
+}
+
+impl Meta {
+    /// An f32 value of this shape.
+    pub fn f32(shape: Vec<Dim>) -> Meta {
+        Meta { dtype: DType::F32, shape }
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> Dim {
+        product(&self.shape)
+    }
+}
+
+impl std::fmt::Display for Meta {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{:?}", self.dtype, self.shape)
+    }
+}
+
+/// One operation of a graph.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// What it computes.
+    pub op: Op,
+    /// Its operands.
+    pub inputs: Vec<Value>,
+    /// Type and shape of its results.
+    pub outputs: Vec<Meta>,
+    /// Path of the block that made it, such as `model.language_model.layers.3.mlp`.
+    pub scope: String,
+    /// Whether it depends on weights alone, so that a backend computes it once when it compiles.
+    pub load_time: bool,
+}
+
+/// A computation: nodes in topological order, with named results.
+#[derive(Clone, Debug, Default)]
+pub struct Graph {
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) outputs: Vec<(String, Value)>,
+}
+
+impl Graph {
+    /// The nodes, operands before users.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The named results.
+    pub fn outputs(&self) -> &[(String, Value)] {
+        &self.outputs
+    }
+
+    /// Type and shape of a value of this graph.
+    pub fn meta(&self, value: Value) -> &Meta {
+        &self.nodes[value.node()].outputs[value.port()]
+    }
+
+    /// The node that makes a value of this graph.
+    pub fn node(&self, value: Value) -> &Node {
+        &self.nodes[value.node()]
+    }
+
+    /// Nodes that compute something at run time: no inputs, weights, states or load-time nodes.
+    pub fn compute_nodes(&self) -> usize {
+        self.nodes.iter().filter(|n| !n.op.is_source() && !n.load_time).count()
+    }
+
+    /// Compute nodes that move or calculate data: views such as a reshape are free and do not count.
+    pub fn dispatches(&self) -> usize {
+        self.nodes.iter().filter(|n| !n.op.is_source() && !n.load_time && !n.op.is_view()).count()
+    }
+
+    /// Adds a node whose shapes the op has checked, and returns its first result.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] from the op, with the scope where it happened.
+    pub(crate) fn push(&mut self, op: Op, inputs: Vec<Value>, scope: &str) -> Result<Value> {
+        let metas: Vec<Meta> = inputs.iter().map(|v| self.meta(*v).clone()).collect();
+        let outputs = op.infer(&metas).map_err(|e| e.at(scope))?;
+        let node = u32::try_from(self.nodes.len()).map_err(|_| Error::Shape {
+            op: "graph",
+            wanted: "fewer than 2^32 nodes".into(),
+            found: "more".into(),
+        })?;
+        self.nodes.push(Node { op, inputs, outputs, scope: scope.into(), load_time: false });
+        Ok(Value { node, port: 0 })
+    }
+
+    /// For each node, the nodes that use one of its results (once per use).
+    pub(crate) fn users(&self) -> Vec<Vec<usize>> {
+        let mut users = vec![Vec::new(); self.nodes.len()];
+        for (i, node) in self.nodes.iter().enumerate() {
+            for v in &node.inputs {
+                users[v.node()].push(i);
+            }
+        }
+        users
+    }
+
+    /// Whether a value is one of the graph's results.
+    pub(crate) fn is_output(&self, value: Value) -> bool {
+        self.outputs.iter().any(|(_, v)| *v == value)
+    }
+
+    /// Makes every user of `old` use `new`.
+    pub(crate) fn replace(&mut self, old: Value, new: Value) {
+        for node in &mut self.nodes {
+            for v in &mut node.inputs {
+                if *v == old {
+                    *v = new;
+                }
+            }
+        }
+        for (_, v) in &mut self.outputs {
+            if *v == old {
+                *v = new;
+            }
+        }
+    }
+
+    /// Makes a replaced node harmless until the next pruning: it uses nothing and writes no state.
+    pub(crate) fn forget(&mut self, i: usize) {
+        let node = &mut self.nodes[i];
+        let meta = node.outputs[0].clone();
+        node.op = Op::Input(crate::ops::Input { name: String::new(), meta });
+        node.inputs.clear();
+    }
+
+    /// Drops nodes that no result and no state needs, and restores topological order after a rewrite.
+    ///
+    /// Among nodes that could run next, the one that came first stays first, so the order is stable.
+    pub(crate) fn prune_and_sort(&mut self) {
+        let mut live = vec![false; self.nodes.len()];
+        let mut stack: Vec<usize> = self.outputs.iter().map(|(_, v)| v.node()).collect();
+        stack.extend((0..self.nodes.len()).filter(|&i| self.nodes[i].op.writes_state()));
+        while let Some(i) = stack.pop() {
+            if !std::mem::replace(&mut live[i], true) {
+                stack.extend(self.nodes[i].inputs.iter().map(|v| v.node()));
+            }
+        }
+        let mut waiting: Vec<usize> = self
+            .nodes
+            .iter()
+            .map(|n| n.inputs.iter().map(|v| v.node()).collect::<BTreeSet<_>>().len())
+            .collect();
+        let mut dependents: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (i, node) in self.nodes.iter().enumerate().filter(|(i, _)| live[*i]) {
+            for producer in node.inputs.iter().map(|v| v.node()).collect::<BTreeSet<_>>() {
+                dependents.entry(producer).or_default().push(i);
+            }
+        }
+        // A fused node is appended at the end; it runs where its earliest user would have run.
+        let mut rank: Vec<usize> = (0..self.nodes.len()).collect();
+        for i in (0..self.nodes.len()).rev() {
+            let own = rank[i];
+            for v in &self.nodes[i].inputs {
+                rank[v.node()] = rank[v.node()].min(own);
+            }
+        }
+        let mut ready: BTreeSet<(usize, usize)> =
+            (0..self.nodes.len()).filter(|&i| live[i] && waiting[i] == 0).map(|i| (rank[i], i)).collect();
+        let mut moved = vec![u32::MAX; self.nodes.len()];
+        let mut order = Vec::with_capacity(self.nodes.len());
+        while let Some((_, i)) = ready.pop_first() {
+            moved[i] = order.len() as u32;
+            order.push(i);
+            for &user in dependents.get(&i).map_or(&[][..], |d| d) {
+                waiting[user] -= 1;
+                if waiting[user] == 0 {
+                    ready.insert((rank[user], user));
+                }
+            }
+        }
+        let mut old: Vec<Option<Node>> = std::mem::take(&mut self.nodes).into_iter().map(Some).collect();
+        for i in order {
+            if let Some(mut node) = old[i].take() {
+                for v in &mut node.inputs {
+                    v.node = moved[v.node()];
+                }
+                self.nodes.push(node);
+            }
+        }
+        for (_, v) in &mut self.outputs {
+            v.node = moved[v.node()];
+        }
+    }
+}

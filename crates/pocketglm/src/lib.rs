@@ -1,0 +1,36 @@
+//! Runs AutoGLM-Phone-9B and its family (GLM-4.1V) on the device itself: pictures and text in, text out.
+//!
+//! ```no_run
+//! use pocketglm::{Model, Prompt};
+//!
+//! # fn main() -> pocketglm::Result<()> {
+//! let model = Model::open("AutoGLM-Phone-9B")?;
+//! let prompt = Prompt::new().image("screenshot.png").text("打开设置");
+//! let mut chat = model.chat();
+//! for piece in chat.answer(&prompt)? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Start at [`Model::open`]. [`Model`] is `Send + Sync + Clone`; a [`Chat`] is `Send` and keeps the conversation, its
+//! KV cache and the pictures it has seen. [`Engine`] and [`Session`] below them give every step by itself: prompts,
+//! memory plans, traces, timings.
+//!
+//! This crate knows nothing of terminals, HTTP or async runtimes: an answer is a blocking iterator, work happens in
+//! `next`, and dropping it stops the work.
+//!
+//! Invariant: no type of a third-party crate is part of this interface, and nothing that a checkpoint, a picture or a
+//! prompt contains makes it panic.
+
+#![forbid(unsafe_code)]
+
+mod model;
+
+pub use model::{Chat, Model, Prompt};
+pub use pocketglm_engine::{
+    Cancel, Content, ContentFormat, DType, DevicePoint, Engine, EngineOptions, Error, FinishReason, GenerateOptions,
+    Generation, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part, Picture, Piece, Progress, ProgressFn,
+    Prompt as PreparedPrompt, ReadMode, Request, Result, Sampling, Session, Tensor, Timings, Trace, to_device_pixels,
+};

@@ -1,0 +1,409 @@
+//! Attention without storing the scores: blocks of query rows times blocks of keys, with running maxima and sums.
+//!
+//! The query heads of one key head are rows of one matrix, so that packed keys and values serve all of them; row
+//! `r` of a segment is query `r / g`, head `r % g` of the group. For each block of keys and tile of rows:
+//! `S = Q K^T`; `m' = max(m, S)`; `P = exp(S - m')`; `l = l exp(m - m') + sum P`; `O = O exp(m - m') + P V`.
+//! Few rows and many keys (decoding) are cut along the keys as well, and the parts are joined afterwards. Where the
+//! cuts are depends on the shape only, so the result does not depend on the number of threads.
+
+use super::{Attention, Mask};
+use crate::ops::tile::{Ahead, PACKED, Tile, Tiles, panel_columns, tile_rows};
+use crate::ops::{GRAIN, SharedMut};
+use crate::simd::{Kernel, Simd, math};
+use crate::{Cpu, Result};
+
+/// Keys of one block.
+const BK: usize = 128;
+/// Tiles of one block of rows.
+const TILES: usize = 16;
+/// Fewer tasks than this are cut along the keys.
+const FEW_TASKS: usize = 16;
+/// Fewest keys of a part, and most parts.
+const SPLIT: usize = 1024;
+const MAX_SPLITS: usize = 8;
+
+/// Some rows of one key head with a range of keys.
+struct Task {
+    head: usize,
+    /// First query of the segment, and rows of the segment that this task owns.
+    query: usize,
+    row: usize,
+    rows: usize,
+    keys: std::ops::Range<usize>,
+    /// Where the task's partial results go, in rows; not used without splits.
+    partial: usize,
+}
+
+/// The work, cut into tasks.
+struct Plan {
+    tasks: Vec<Task>,
+    splits: usize,
+    /// Rows of partial results for one split.
+    rows: usize,
+}
+
+fn plan(a: &Attention<'_>, width: usize) -> Plan {
+    let group = a.h / a.kvh;
+    let whole = [0, a.t as u32];
+    let bounds = match a.mask {
+        Mask::Segments(bounds) => bounds,
+        _ => &whole[..],
+    };
+    let block = TILES * tile_rows(width);
+    let segments =
+        || bounds.windows(2).map(|b| (b[0] as usize, b[1] as usize)).filter(|(from, to)| from < to);
+    let blocks: usize = segments().map(|(from, to)| ((to - from) * group).div_ceil(block)).sum();
+    let splits = match a.mask {
+        Mask::Segments(_) => 1,
+        _ if blocks * a.kvh >= FEW_TASKS => 1,
+        _ => a.s.div_ceil(SPLIT).clamp(1, MAX_SPLITS),
+    };
+    let split_keys = a.s.div_ceil(splits).next_multiple_of(BK);
+    let rows = a.t * a.h;
+    let mut tasks = Vec::new();
+    for head in 0..a.kvh {
+        for (from, to) in segments() {
+            let (key_from, key_to) = if matches!(a.mask, Mask::Segments(_)) { (from, to) } else { (0, a.s) };
+            for row in (0..(to - from) * group).step_by(block) {
+                let count = block.min((to - from) * group - row);
+                for split in 0..splits {
+                    let start = (key_from + split * split_keys).min(key_to);
+                    let end = if splits == 1 { key_to } else { (start + split_keys).min(key_to) };
+                    let partial = split * rows + head * a.t * group + row;
+                    tasks.push(Task { head, query: from, row, rows: count, keys: start..end, partial });
+                }
+            }
+        }
+    }
+    Plan { tasks, splits, rows }
+}
+
+/// Floats of each buffer of one thread, and of one row of partial results.
+#[derive(Clone, Copy)]
+struct Sizes {
+    q: usize,
+    k: usize,
+    v: usize,
+    scores: usize,
+    out: usize,
+    /// Components of a head, rounded up to whole panels.
+    padded: usize,
+    partial: usize,
+}
+
+impl Sizes {
+    fn new(d: usize, width: usize) -> Sizes {
+        let (mr, nr) = (tile_rows(width), panel_columns(width));
+        let rows = TILES * mr;
+        let padded = d.next_multiple_of(nr);
+        Sizes {
+            q: (rows * d).next_multiple_of(16),
+            k: d * BK,
+            v: BK * padded,
+            scores: mr * BK,
+            out: rows * padded,
+            padded,
+            partial: (padded + 2).next_multiple_of(16),
+        }
+    }
+
+    fn total(&self, width: usize) -> usize {
+        self.q
+            + self.k
+            + self.v
+            + self.scores
+            + self.out
+            + (2 * TILES * tile_rows(width)).next_multiple_of(16)
+    }
+}
+
+/// Floats of scratch.
+pub(super) fn scratch_floats(cpu: &Cpu, a: &Attention<'_>) -> usize {
+    let width = cpu.isa().width();
+    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width));
+    let partials = if plan.splits > 1 { plan.splits * plan.rows * sizes.partial } else { 0 };
+    partials + cpu.threads() * sizes.total(width)
+}
+
+/// The operands were checked.
+pub(super) fn flash(cpu: &Cpu, a: &Attention<'_>, out: &mut [f32]) -> Result<()> {
+    let width = cpu.isa().width();
+    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width));
+    let partials = if plan.splits > 1 { plan.splits * plan.rows * sizes.partial } else { 0 };
+    let mut scratch = cpu.scratch(scratch_floats(cpu, a))?;
+    let (partials, own) = scratch.split_at_mut(partials);
+    let (partials, own, out) = (SharedMut::new(partials), SharedMut::new(own), SharedMut::new(out));
+    let work = |slot: usize, i: usize| {
+        let buffers = own.at(slot * sizes.total(width));
+        cpu.isa().run(Run { a, task: &plan.tasks[i], sizes, buffers, partials, split: plan.splits > 1, out });
+    };
+    cpu.parallel_slots(plan.tasks.len(), &work);
+    if plan.splits > 1 {
+        let share = (GRAIN / sizes.partial).max(1);
+        cpu.parallel(plan.rows.div_ceil(share), &|i| {
+            for row in i * share..((i + 1) * share).min(plan.rows) {
+                cpu.isa().run(Join { a, row, sizes, rows: plan.rows, splits: plan.splits, partials, out });
+            }
+        });
+    }
+    Ok(())
+}
+
+struct Run<'a> {
+    a: &'a Attention<'a>,
+    task: &'a Task,
+    sizes: Sizes,
+    /// This thread's buffers.
+    buffers: *mut f32,
+    partials: SharedMut<f32>,
+    split: bool,
+    out: SharedMut<f32>,
+}
+
+impl Kernel for Run<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Run { a, task, sizes, .. } = self;
+        let (group, d, padded) = (a.h / a.kvh, a.d, sizes.padded);
+        let nr = panel_columns(S::WIDTH);
+        let q = self.buffers;
+        let k = q.wrapping_add(sizes.q);
+        let v = k.wrapping_add(sizes.k);
+        let scores = v.wrapping_add(sizes.v);
+        let sums = scores.wrapping_add(sizes.scores);
+        let stats = sums.wrapping_add(sizes.out);
+        let tiles = Tiles::new(task.rows, S::WIDTH);
+        let query_of = |r: usize| task.query + (task.row + r) / group;
+        // The first key that row `r` does not see.
+        let end_of = |r: usize| match a.mask {
+            Mask::Causal { past } => (past + query_of(r) + 1).min(task.keys.end),
+            _ => task.keys.end,
+        };
+        // SAFETY: the buffers have the sizes of `Sizes`, queries, keys and values were checked to lie in `a`'s slices,
+        // and this task alone owns its rows of the outputs and partial results.
+        unsafe {
+            for t in 0..tiles.count {
+                let (start, end) = (tiles.start(t), tiles.start(t + 1));
+                for r in start..end {
+                    let head = task.head * group + (task.row + r) % group;
+                    let row = a.q.as_ptr().add(query_of(r) * a.q_stride + head * d);
+                    for p in 0..d {
+                        *q.add(start * d + p * (end - start) + r - start) = *row.add(p) * a.scale;
+                    }
+                }
+            }
+            std::slice::from_raw_parts_mut(sums, task.rows * padded).fill(0.0);
+            for r in 0..task.rows {
+                *stats.add(2 * r) = f32::NEG_INFINITY;
+                *stats.add(2 * r + 1) = 0.0;
+            }
+            let mut key = task.keys.start;
+            let last = if task.rows == 0 { 0 } else { end_of(task.rows - 1) };
+            while key < last {
+                let count = BK.min(task.keys.end - key);
+                pack_keys(s, a.k.as_ptr().add(key * a.k_stride + task.head * d), a.k_stride, count, d, k);
+                pack_values(s, a.v.as_ptr().add(key * a.v_stride + task.head * d), a.v_stride, count, d, v);
+                for t in 0..tiles.count {
+                    let (start, end) = (tiles.start(t), tiles.start(t + 1));
+                    let mr = end - start;
+                    // Rows see ever more keys, so the last row of the tile sees the most.
+                    let seen = end_of(end - 1).saturating_sub(key).min(count);
+                    if seen == 0 {
+                        continue;
+                    }
+                    for panel in 0..seen.div_ceil(nr) {
+                        let (b, c) = (k.add(panel * nr * d), scores.add(panel * nr));
+                        let (a, ahead) = (q.add(start * d), Ahead::NONE);
+                        s.tile::<PACKED>(Tile { mr, k: d, a, b, c, c_stride: BK, first: true, ahead });
+                    }
+                    for r in 0..mr {
+                        let own = end_of(start + r).saturating_sub(key).min(seen);
+                        let state = stats.add(2 * (start + r));
+                        let scale = soften(s, scores.add(r * BK), own, seen, state);
+                        if scale != 1.0 {
+                            let row = sums.add((start + r) * padded);
+                            for j in (0..padded).step_by(S::WIDTH) {
+                                s.store(row.add(j), s.mul(s.load(row.add(j)), s.splat(scale)));
+                            }
+                        }
+                    }
+                    for panel in 0..padded / nr {
+                        let (b, c) = (v.add(panel * nr * count), sums.add(start * padded + panel * nr));
+                        let (a, ahead) = (scores, Ahead::NONE);
+                        s.tile::<BK>(Tile { mr, k: seen, a, b, c, c_stride: padded, first: false, ahead });
+                    }
+                }
+                key += count;
+            }
+            for r in 0..task.rows {
+                let (row, max, sum) = (sums.add(r * padded), *stats.add(2 * r), *stats.add(2 * r + 1));
+                if self.split {
+                    let to = self.partials.at((task.partial + r) * sizes.partial);
+                    std::ptr::copy_nonoverlapping(row, to, padded);
+                    *to.add(padded) = max;
+                    *to.add(padded + 1) = sum;
+                } else {
+                    let head = task.head * group + (task.row + r) % group;
+                    let to = self.out.at(query_of(r) * a.out_stride + head * d);
+                    let saw = end_of(r) > task.keys.start;
+                    divide(s, row, if saw { sum } else { 1.0 }, d, to);
+                }
+            }
+        }
+    }
+}
+
+/// `to[j] = row[j] / sum` for `j < d`.
+///
+/// # Safety
+/// `d` floats at both.
+#[inline(always)]
+unsafe fn divide<S: Simd>(s: S, row: *const f32, sum: f32, d: usize, to: *mut f32) {
+    for j in (0..d).step_by(S::WIDTH) {
+        let n = (d - j).min(S::WIDTH);
+        // SAFETY: `n` floats from `j`.
+        unsafe { s.store_n(to.add(j), n, s.div(s.load_n(row.add(j), n), s.splat(sum))) };
+    }
+}
+
+/// Replaces the first `own` scores of a row by their exponentials and those up to `seen` by zeros, and updates the
+/// row's maximum and sum. Returns the factor for what was summed before.
+///
+/// # Safety
+/// `BK` floats at `row`, two at `state`.
+#[inline(always)]
+unsafe fn soften<S: Simd>(s: S, row: *mut f32, own: usize, seen: usize, state: *mut f32) -> f32 {
+    let whole = own.next_multiple_of(S::WIDTH);
+    // SAFETY: `BK` is a multiple of the width, so `whole <= BK`.
+    unsafe {
+        for j in own..whole {
+            *row.add(j) = f32::NEG_INFINITY;
+        }
+        let before = *state;
+        let mut max = s.splat(before);
+        for j in (0..whole).step_by(S::WIDTH) {
+            max = s.max(s.load(row.add(j)), max);
+        }
+        let max = s.reduce_max(max);
+        for j in whole..seen.next_multiple_of(S::WIDTH) {
+            *row.add(j) = 0.0;
+        }
+        if max == f32::NEG_INFINITY {
+            // Nothing but minus infinities so far (NaN counts as nothing here and is found below).
+            let mut nan = s.splat(0.0);
+            for j in (0..whole).step_by(S::WIDTH) {
+                let p = math::exp(s, s.load(row.add(j)));
+                s.store(row.add(j), p);
+                nan = s.add(nan, p);
+            }
+            *state.add(1) += s.reduce_add(nan);
+            return 1.0;
+        }
+        let shift = s.splat(max);
+        let mut sum = s.splat(0.0);
+        for j in (0..whole).step_by(S::WIDTH) {
+            let p = math::exp(s, s.sub(s.load(row.add(j)), shift));
+            s.store(row.add(j), p);
+            sum = s.add(sum, p);
+        }
+        let scale = if before == max { 1.0 } else { (before - max).exp() };
+        *state = max;
+        *state.add(1) = *state.add(1) * scale + s.reduce_add(sum);
+        scale
+    }
+}
+
+/// Panels of `NR` keys: `dst[panel][p][c] = key[panel * NR + c][p]`, zero past `count`.
+///
+/// # Safety
+/// `count` rows of `d` floats at `src`, `d * BK` floats at `dst`.
+#[inline(always)]
+unsafe fn pack_keys<S: Simd>(s: S, src: *const f32, stride: usize, count: usize, d: usize, dst: *mut f32) {
+    let nr = panel_columns(S::WIDTH);
+    for first in (0..count).step_by(S::WIDTH) {
+        // SAFETY: rows below `count`, and a column group of a panel.
+        unsafe {
+            let dst = dst.add(first / nr * nr * d + first % nr);
+            let src = src.add(first * stride);
+            let rows = (count - first).min(S::WIDTH);
+            let mut p = 0;
+            if rows == S::WIDTH {
+                while p + S::WIDTH <= d {
+                    s.transpose(src.add(p), stride, dst.add(p * nr), nr);
+                    p += S::WIDTH;
+                }
+            }
+            for p in p..d {
+                for c in 0..S::WIDTH {
+                    *dst.add(p * nr + c) = if c < rows { *src.add(c * stride + p) } else { 0.0 };
+                }
+            }
+        }
+    }
+    // A panel of several vectors whose last ones begin past the end.
+    for first in (count.next_multiple_of(S::WIDTH)..count.next_multiple_of(nr)).step_by(S::WIDTH) {
+        for p in 0..d {
+            // SAFETY: a column group of the last panel.
+            unsafe { s.store(dst.add(first / nr * nr * d + first % nr + p * nr), s.splat(0.0)) };
+        }
+    }
+}
+
+/// Panels of `NR` components: `dst[panel][j][c] = value[j][panel * NR + c]`, zero past `d`.
+///
+/// # Safety
+/// `count` rows of `d` floats at `src`, `BK * d` rounded up to panels at `dst`.
+#[inline(always)]
+unsafe fn pack_values<S: Simd>(s: S, src: *const f32, stride: usize, count: usize, d: usize, dst: *mut f32) {
+    let nr = panel_columns(S::WIDTH);
+    for j in 0..count {
+        for c in (0..d.next_multiple_of(nr)).step_by(S::WIDTH) {
+            // SAFETY: no more than `d` components are read; the row of a panel is written.
+            unsafe {
+                let v = s.load_n(src.add(j * stride).wrapping_add(c), d.saturating_sub(c).min(S::WIDTH));
+                s.store(dst.add((c / nr * count + j) * nr + c % nr), v);
+            }
+        }
+    }
+}
+
+/// Joins the partial results of one row.
+struct Join<'a> {
+    a: &'a Attention<'a>,
+    row: usize,
+    sizes: Sizes,
+    rows: usize,
+    splits: usize,
+    partials: SharedMut<f32>,
+    out: SharedMut<f32>,
+}
+
+impl Kernel for Join<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Join { a, sizes, .. } = self;
+        let (group, d, padded) = (a.h / a.kvh, a.d, sizes.padded);
+        let (head, row) = (self.row / (a.t * group), self.row % (a.t * group));
+        let (query, head) = (row / group, head * group + row % group);
+        let part = |i: usize| self.partials.at((i * self.rows + self.row) * sizes.partial);
+        // SAFETY: partial results of this row were written by the first region; the output row belongs to this task.
+        unsafe {
+            let max = (0..self.splits).fold(f32::NEG_INFINITY, |m, i| m.max(*part(i).add(padded)));
+            // A part that saw nothing has minus infinity here, and weighs nothing.
+            let weight =
+                |i: usize| if max == f32::NEG_INFINITY { 1.0 } else { (*part(i).add(padded) - max).exp() };
+            let sum: f32 = (0..self.splits).map(|i| weight(i) * *part(i).add(padded + 1)).sum();
+            let to = self.out.at(query * a.out_stride + head * d);
+            for j in (0..d).step_by(S::WIDTH) {
+                let n = (d - j).min(S::WIDTH);
+                let mut total = s.splat(0.0);
+                for i in 0..self.splits {
+                    total = s.fma(s.load_n(part(i).add(j), n), s.splat(weight(i)), total);
+                }
+                s.store_n(to.add(j), n, s.div(total, s.splat(sum)));
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+use super::*;
+use crate::ops::check::{Close, check, try_check, values};
+
+const CLOSE: Close = Close { relative: 1e-5, absolute: 2e-6 };
+
+/// Operands with gaps between rows, which stay as they are.
+struct Case {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    sizes: [usize; 5],
+    gap: usize,
+}
+
+impl Case {
+    fn new(sizes: [usize; 5], gap: usize) -> Case {
+        let [t, s, h, kvh, d] = sizes;
+        let q = values(t * (h * d + gap), 1).iter().map(|v| v * 3.0).collect();
+        Case { q, k: values(s * (kvh * d + gap), 2), v: values(s * (kvh * d + gap), 3), sizes, gap }
+    }
+
+    fn args<'a>(&'a self, mask: Mask<'a>) -> Attention<'a> {
+        let [t, s, h, kvh, d] = self.sizes;
+        let (wide, narrow) = (h * d + self.gap, kvh * d + self.gap);
+        Attention {
+            q: &self.q,
+            q_stride: wide,
+            k: &self.k,
+            k_stride: narrow,
+            v: &self.v,
+            v_stride: narrow,
+            t,
+            s,
+            h,
+            kvh,
+            d,
+            scale: 1.0 / (d as f32).sqrt(),
+            mask,
+            out_stride: wide,
+        }
+    }
+
+    fn compare(&self, mask: Mask<'_>) {
+        let args = self.args(mask);
+        let mut wanted = vec![0.5; args.t * args.out_stride];
+        attention_twin(&args, &mut wanted).unwrap();
+        check(&format!("{:?} {mask:?}", self.sizes), &wanted, CLOSE, &|cpu, out| {
+            out.fill(0.5);
+            attention(cpu, &args, out)
+        });
+    }
+}
+
+#[test]
+fn causal_attention_matches_its_twin() {
+    for [t, s, h, kvh, d] in [
+        [1, 1, 1, 1, 1],
+        [1, 17, 2, 1, 16],
+        [3, 3, 4, 2, 17],
+        [15, 31, 3, 3, 8],
+        [16, 130, 4, 1, 32],
+        [65, 65, 2, 2, 33],
+        [100, 260, 2, 1, 64],
+        [1, 300, 16, 1, 128],
+        [300, 300, 1, 1, 15],
+    ] {
+        Case::new([t, s, h, kvh, d], 3).compare(Mask::Causal { past: s - t });
+    }
+}
+
+#[test]
+fn full_attention_matches_its_twin() {
+    for sizes in [[1, 0, 1, 1, 4], [7, 100, 2, 1, 20], [130, 129, 2, 2, 16], [0, 5, 1, 1, 4]] {
+        Case::new(sizes, 0).compare(Mask::Full);
+    }
+}
+
+#[test]
+fn segments_see_only_themselves() {
+    let case = Case::new([150, 150, 2, 2, 24], 1);
+    for bounds in [&[0, 150][..], &[0, 1, 1, 64, 128, 150], &[0, 149, 150], &[0, 0, 150, 150]] {
+        case.compare(Mask::Segments(bounds));
+    }
+}
+
+#[test]
+fn many_keys_are_split_and_joined() {
+    for (t, h, kvh) in [(1, 4, 2), (2, 2, 2), (5, 2, 1)] {
+        let s = 2600;
+        Case::new([t, s, h, kvh, 16], 0).compare(Mask::Causal { past: s - t });
+        // The last parts see nothing.
+        Case::new([t, s, h, kvh, 16], 0).compare(Mask::Causal { past: 3 });
+    }
+}
+
+#[test]
+fn large_and_equal_scores_are_stable() {
+    let mut case = Case::new([20, 200, 1, 1, 16], 0);
+    case.k.fill(0.25);
+    case.compare(Mask::Full);
+    case.q.iter_mut().for_each(|v| *v *= 1e4);
+    case.k = values(200 * 16, 4).iter().map(|v| (v * 8.0).round()).collect();
+    case.q.iter_mut().for_each(|v| *v = v.round());
+    case.compare(Mask::Causal { past: 180 });
+}
+
+#[test]
+fn a_nan_reaches_only_the_rows_that_see_it() {
+    let mut case = Case::new([40, 40, 1, 1, 16], 0);
+    case.k[30 * 16] = f32::NAN;
+    let args = case.args(Mask::Causal { past: 0 });
+    let mut wanted = vec![0.0; 40 * 16];
+    attention_twin(&args, &mut wanted).unwrap();
+    assert!(wanted[..30 * 16].iter().all(|v| v.is_finite()) && wanted[30 * 16..].iter().all(|v| v.is_nan()));
+    case.compare(Mask::Causal { past: 0 });
+}
+
+#[test]
+fn a_wrong_mask_is_noticed() {
+    let case = Case::new([40, 60, 2, 1, 16], 0);
+    let mut wanted = vec![0.0; 40 * 32];
+    attention_twin(&case.args(Mask::Causal { past: 19 }), &mut wanted).unwrap();
+    let run = |cpu: &Cpu, out: &mut [f32]| attention(cpu, &case.args(Mask::Causal { past: 20 }), out);
+    assert!(try_check(&wanted, CLOSE, &run).is_err());
+}
+
+#[test]
+fn operands_that_do_not_fit_are_typed_errors() {
+    let cpu = Cpu::new(1).unwrap();
+    let case = Case::new([4, 8, 4, 2, 8], 0);
+    let good = case.args(Mask::Causal { past: 4 });
+    let run = |args: Attention<'_>, n: usize| attention(&cpu, &args, &mut vec![0.0; n]);
+    assert!(run(good, 4 * 32).is_ok());
+    assert!(matches!(run(good, 4 * 32 - 1), Err(Error::Size { operand: "out", .. })));
+    assert!(matches!(
+        run(Attention { mask: Mask::Causal { past: 5 }, ..good }, 128),
+        Err(Error::Value { .. })
+    ));
+    assert!(run(Attention { mask: Mask::Causal { past: usize::MAX }, ..good }, 128).is_err());
+    assert!(run(Attention { kvh: 3, ..good }, 128).is_err());
+    assert!(run(Attention { kvh: 0, ..good }, 128).is_err());
+    assert!(run(Attention { d: 0, ..good }, 128).is_err());
+    assert!(run(Attention { q_stride: 31, ..good }, 128).is_err());
+    assert!(matches!(run(Attention { s: 9, ..good }, 128), Err(Error::Size { operand: "k", .. })));
+    for bounds in [&[][..], &[0, 3], &[1, 4], &[0, 3, 2, 4]] {
+        let args = Attention { mask: Mask::Segments(bounds), s: 4, ..good };
+        assert!(matches!(run(args, 128), Err(Error::Value { .. })), "{bounds:?}");
+    }
+}
+
+#[test]
+fn scratch_is_what_was_declared() {
+    let case = Case::new([1, 2600, 2, 1, 16], 0);
+    let cpu = Cpu::new(2).unwrap();
+    let args = case.args(Mask::Causal { past: 2599 });
+    attention(&cpu, &args, &mut [0.0; 32]).unwrap();
+    assert!(cpu.scratch_bytes() <= attention_scratch_bytes(&cpu, &args).unwrap());
+}

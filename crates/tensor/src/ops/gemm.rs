@@ -1,0 +1,181 @@
+//! Blocked matrix product: `sums[i, j] = sum_p x[i, p] * b[p, j]`; `x: [m, k]`, `b: [k, n]` made panel by panel.
+//!
+//! `x` is packed once for a block of rows. A task owns a chunk of columns: for each block of `k` it packs the chunk's
+//! panels, widened to f32, into memory that stays in the second-level cache, runs all tiles over them, and at the end
+//! hands finished sums to a [`Finish`], which adds biases, applies activations and stores.
+
+use super::SharedMut;
+use super::tile::{Block, Tiles, pack_rows, panel_columns, tile_rows};
+use crate::simd::{Isa, Kernel, Simd};
+use crate::{Cpu, Result};
+
+/// Columns of one task.
+pub(crate) const CHUNK: usize = 128;
+/// Steps of `k` between two uses of the same sums: a packed tile of rows (14 x 512 floats) stays in the first-level
+/// cache, a packed chunk (512 x 128) in the second.
+const KC: usize = 512;
+/// Floats of packed `x`: beyond it, rows are worked on in several blocks.
+const PACKED_FLOATS: usize = 2 << 20;
+/// Most rows of one block.
+const MAX_ROWS: usize = 512;
+
+/// The right operand, which makes packed panels of itself.
+pub(crate) trait Panels: Sync {
+    /// `dst[p * NR + c]` = element `(k0 + p, column + c)` for `p < kc`, `c < NR`; zero where there is none.
+    ///
+    /// # Safety
+    /// `kc * NR` writable floats at `dst`.
+    unsafe fn pack<S: Simd>(&self, s: S, column: usize, k0: usize, kc: usize, dst: *mut f32);
+
+    /// Where the stored elements `(k0.., column..)` are, as rows of `k` elements: address, rows, bytes from row to
+    /// row, bytes of `kc` elements. Zero rows where that is unknown.
+    fn stored(&self, column: usize, k0: usize, kc: usize) -> (*const u8, usize, usize, usize);
+}
+
+/// What happens to finished sums.
+pub(crate) trait Finish: Sync {
+    /// Takes the sums of row `row` and the columns from `column`, as many as a chunk has.
+    fn finish<S: Simd>(&self, s: S, row: usize, column: usize, sums: &[f32]);
+}
+
+/// Rows that are packed at a time.
+fn block_rows(isa: Isa, m: usize, k: usize) -> usize {
+    let mr = tile_rows(isa.width());
+    let most = (PACKED_FLOATS / k.max(1)).min(MAX_ROWS) / mr * mr;
+    m.div_ceil(m.div_ceil(most.max(mr)).max(1))
+}
+
+/// Floats of scratch: packed rows, and for each thread packed panels and sums.
+pub(crate) fn scratch_floats(cpu: &Cpu, m: usize, k: usize) -> usize {
+    let rows = block_rows(cpu.isa(), m, k);
+    rows * k + 16 + cpu.threads() * (KC.min(k) * CHUNK + rows * CHUNK)
+}
+
+struct Pack<'a, P> {
+    panels: &'a P,
+    column: usize,
+    count: usize,
+    k0: usize,
+    kc: usize,
+    dst: *mut f32,
+}
+
+impl<P: Panels> Kernel for Pack<'_, P> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let nr = panel_columns(S::WIDTH);
+        for i in 0..self.count {
+            // SAFETY: the task's panel buffer has room for `CHUNK / NR` panels.
+            unsafe {
+                self.panels.pack(s, self.column + i * nr, self.k0, self.kc, self.dst.add(i * nr * self.kc))
+            };
+        }
+    }
+}
+
+pub(crate) struct FinishRows<'a, F> {
+    pub(crate) finish: &'a F,
+    pub(crate) first_row: usize,
+    pub(crate) column: usize,
+    /// Sums `[rows, chunk]`.
+    pub(crate) sums: &'a [f32],
+    pub(crate) chunk: usize,
+}
+
+impl<F: Finish> Kernel for FinishRows<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (i, sums) in self.sums.chunks_exact(self.chunk).enumerate() {
+            self.finish.finish(s, self.first_row + i, self.column, sums);
+        }
+    }
+}
+
+/// Multiplies `m` rows of `k`, `x_stride` floats apart, with `n` columns.
+pub(crate) fn gemm<P: Panels, F: Finish>(
+    cpu: &Cpu,
+    x: &[f32],
+    x_stride: usize,
+    [m, k, n]: [usize; 3],
+    panels: &P,
+    finish: &F,
+) -> Result<()> {
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let isa = cpu.isa();
+    let nr = panel_columns(isa.width());
+    let rows = block_rows(isa, m, k);
+    let mut scratch = cpu.scratch(scratch_floats(cpu, m, k))?;
+    let packed_len = (rows * k).next_multiple_of(16);
+    let (packed, rest) = scratch.split_at_mut(packed_len);
+    let (packed, rest) = (SharedMut::new(packed), SharedMut::new(rest));
+    let chunks = n.div_ceil(CHUNK);
+    let share = KC.min(k) * CHUNK + rows * CHUNK;
+
+    for first_row in (0..m).step_by(rows) {
+        let rows = rows.min(m - first_row);
+        let tiles = Tiles::new(rows, isa.width());
+        #[cfg(test)] let t0 = std::time::Instant::now();
+        cpu.parallel(tiles.count, &|t| {
+            let start = tiles.start(t);
+            let mr = tiles.start(t + 1) - start;
+            let src = x[(first_row + start) * x_stride..].as_ptr();
+            // SAFETY: the caller checked `x`; the packed tiles lie one after the other in `packed`.
+            unsafe { pack_rows(src, x_stride, mr, k, 1.0, packed.at(start * k)) };
+        });
+        #[cfg(test)] { T[3].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
+        cpu.parallel_slots(chunks, &|slot, chunk| {
+            let column = chunk * CHUNK;
+            let count = CHUNK.min(n - column).div_ceil(nr);
+            let b = rest.at(slot * share);
+            let sums = rest.at(slot * share + KC.min(k) * CHUNK);
+            let mut k0 = 0;
+            loop {
+                let kc = KC.min(k - k0);
+                #[cfg(test)] let t0 = std::time::Instant::now();
+                isa.run(Pack { panels, column, count, k0, kc, dst: b });
+                let (next_column, next_k) = if k0 + kc < k { (column, k0 + kc) } else { (column + CHUNK, 0) };
+                let (next, next_rows, next_stride, next_bytes) = if next_column < n {
+                    panels.stored(next_column, next_k, kc)
+                } else {
+                    (std::ptr::null(), 0, 0, 0)
+                };
+                #[cfg(test)] { T[0].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
+ #[cfg(test)] let t0 = std::time::Instant::now();
+                isa.run(&Block {
+                    a: packed.at(0),
+                    a_k: k,
+                    a_from: k0,
+                    tiles,
+                    k: kc,
+                    b,
+                    panels: count,
+                    c: sums,
+                    c_stride: CHUNK,
+                    first: k0 == 0,
+                    next,
+                    next_rows,
+                    next_stride,
+                    next_bytes,
+                });
+                #[cfg(test)] { T[1].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
+                k0 += kc;
+                if k0 >= k {
+                    break;
+                }
+            }
+            // SAFETY: this slot's sums, written above as far as columns exist.
+            let sums = unsafe { rest.slice(slot * share + KC.min(k) * CHUNK..slot * share + share) };
+            #[cfg(test)] let t0 = std::time::Instant::now();
+            isa.run(FinishRows { finish, first_row, column, sums: &sums[..rows * CHUNK], chunk: CHUNK });
+            #[cfg(test)] { T[2].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) static T: [std::sync::atomic::AtomicU64; 4] = [const { std::sync::atomic::AtomicU64::new(0) }; 4];

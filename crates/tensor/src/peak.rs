@@ -1,0 +1,118 @@
+//! What this machine can do at most, measured: the yardstick of the benchmarks.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::simd::{Kernel, Simd};
+use crate::{AlignedF32, Cpu, Result};
+
+/// Fused multiply-adds into independent accumulators that stay in registers.
+struct FmaLoop {
+    rounds: usize,
+}
+
+/// Accumulators: enough to hide the latency, few enough for sixteen registers.
+const ACCUMULATORS: usize = 12;
+
+impl Kernel for FmaLoop {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.0001)));
+        // Different starts, or the compiler finds that all accumulators are the same.
+        let mut sums = [s.splat(0.0); ACCUMULATORS];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = s.splat(black_box(i as f32));
+        }
+        for _ in 0..self.rounds {
+            for sum in &mut sums {
+                *sum = s.fma(*sum, a, b);
+            }
+        }
+        let mut all = s.splat(0.0);
+        for sum in sums {
+            all = s.add(all, sum);
+        }
+        s.reduce_add(all)
+    }
+}
+
+/// Sums a run of floats with eight accumulators.
+struct ReadLoop<'a> {
+    x: &'a [f32],
+}
+
+impl Kernel for ReadLoop<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sums = [s.splat(0.0); 8];
+        for chunk in self.x.chunks_exact(8 * S::WIDTH) {
+            for line in (0..8 * S::WIDTH).step_by(16) {
+                s.prefetch(chunk.as_ptr().wrapping_add(line + 1024).cast());
+            }
+            for (sum, part) in sums.iter_mut().zip(chunk.chunks_exact(S::WIDTH)) {
+                *sum = s.add(*sum, s.load_slice(part));
+            }
+        }
+        let mut all = s.splat(0.0);
+        for sum in sums {
+            all = s.add(all, sum);
+        }
+        s.reduce_add(all)
+    }
+}
+
+/// Arithmetic peak: f32 multiply-adds of all threads of `cpu` for about `milliseconds`, in 1e9 operations a second
+/// (a multiply-add is two).
+pub fn fma_gflops(cpu: &Cpu, milliseconds: u32) -> f64 {
+    let per_round = 2.0 * (ACCUMULATORS * cpu.isa().width()) as f64;
+    let time = |rounds: usize| {
+        let start = Instant::now();
+        cpu.parallel(cpu.threads(), &|_| {
+            black_box(cpu.isa().run(FmaLoop { rounds }));
+        });
+        start.elapsed().as_secs_f64()
+    };
+    let trial = 200_000;
+    let rounds = (trial as f64 * f64::from(milliseconds) * 1e-3 / time(trial).max(1e-9)) as usize + 1;
+    per_round * rounds as f64 * cpu.threads() as f64 / time(rounds) * 1e-9
+}
+
+/// A buffer to measure reading with; it should be several times larger than the last-level cache.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`]
+pub fn read_buffer(bytes: usize) -> Result<AlignedF32> {
+    let mut buffer = AlignedF32::zeroed(bytes / 4)?;
+    // Pages that were never written may all be the same one.
+    buffer.fill(1.0);
+    Ok(buffer)
+}
+
+/// Bandwidth: all threads of `cpu` read `buffer` once, each one contiguous part; in 1e9 bytes a second.
+pub fn read_gbytes(cpu: &Cpu, buffer: &[f32]) -> f64 {
+    let share = buffer.len().div_ceil(cpu.threads()).next_multiple_of(1024);
+    let start = Instant::now();
+    cpu.parallel(cpu.threads(), &|thread| {
+        let begin = (thread * share).min(buffer.len());
+        let end = (begin + share).min(buffer.len());
+        black_box(cpu.isa().run(ReadLoop { x: &buffer[begin..end] }));
+    });
+    buffer.len() as f64 * 4.0 / start.elapsed().as_secs_f64() * 1e-9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    #[test]
+    fn peaks_are_positive_for_every_instruction_set() {
+        for isa in Isa::available() {
+            let cpu = Cpu::with_isa(isa, 1).unwrap();
+            assert!(fma_gflops(&cpu, 1) > 0.0);
+            assert!(read_gbytes(&cpu, &read_buffer(1 << 20).unwrap()) > 0.0);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Sixteen lanes: AVX-512 F, BW, DQ, VL.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Element, Kernel, Simd};
+use crate::ops::tile::{Tile, tile_of};
+
+/// Proof that the machine has the features of [`enter`].
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+/// Runs a kernel with the features enabled.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn enter<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+#[inline(always)]
+fn mask(n: usize) -> __mmask16 {
+    // A shift by 16 is within u32, so n == 16 gives all lanes.
+    ((1u32 << n.min(16)) - 1) as __mmask16
+}
+
+/// One copy of the tiles for all kernels.
+///
+/// # Safety
+/// As for [`tile_of`].
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn tile<const A_STRIDE: usize>(t: Tile) {
+    // SAFETY: the caller's promise.
+    unsafe { tile_of::<Avx512, A_STRIDE>(Avx512(()), t) }
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const WIDTH: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> __m512 {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_n(self, p: *const f32, n: usize) -> __m512 {
+        // SAFETY: `self` proves the features; masked lanes are not accessed.
+        unsafe { _mm512_maskz_loadu_ps(mask(n), p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: __m512) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_n(self, p: *mut f32, n: usize, v: __m512) {
+        // SAFETY: `self` proves the features; masked lanes are not accessed.
+        unsafe { _mm512_mask_storeu_ps(p, mask(n), v) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> __m512 {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m512, n: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+    #[inline(always)]
+    fn select_gt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x) }
+    }
+    #[inline(always)]
+    fn reduce_add(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_reduce_add_ps(a) }
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose<E: Element>(
+        self,
+        src: *const E,
+        src_stride: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        let mut rows = [self.splat(0.0); 16];
+        for r in 0..16 {
+            // SAFETY: the caller promises sixteen elements in each of sixteen rows.
+            rows[r] = unsafe { E::load(self, src.add(r * src_stride)) };
+        }
+        // SAFETY: `self` proves the features.
+        let columns = unsafe { transpose16(rows) };
+        for c in 0..16 {
+            // SAFETY: the caller promises sixteen floats at each of sixteen destinations.
+            unsafe { self.store(dst.add(c * dst_stride), columns[c]) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_bf16(self, src: *const bf16, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        let mut rows = [self.splat(0.0); 16];
+        for r in 0..16 {
+            // SAFETY: the caller promises 32 values, 16 lanes of two, in each of sixteen rows.
+            rows[r] = unsafe { self.load(src.add(r * src_stride).cast()) };
+        }
+        // SAFETY: `self` proves the features; the caller promises 16 floats at each of 32 destinations.
+        unsafe {
+            let pairs = transpose16(rows);
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            for c in 0..16 {
+                let pair = _mm512_castps_si512(pairs[c]);
+                let (even, odd) = (_mm512_slli_epi32::<16>(pair), _mm512_and_si512(pair, upper));
+                self.store(dst.add(2 * c * dst_stride), _mm512_castsi512_ps(even));
+                self.store(dst.add((2 * c + 1) * dst_stride), _mm512_castsi512_ps(odd));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile) {
+        // SAFETY: `self` proves the features; the caller promises the operands.
+        unsafe { tile::<A_STRIDE>(t) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+}
+
+/// Rows to columns: pairs of lanes, then quarters, then halves of the vectors change places.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn transpose16(r: [__m512; 16]) -> [__m512; 16] {
+    // SAFETY: the caller promises the features.
+    unsafe {
+        let zero = _mm512_setzero_ps();
+        let (mut a, mut b, mut c, mut out) = ([zero; 16], [zero; 16], [zero; 16], [zero; 16]);
+        for i in 0..8 {
+            a[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        // b[4g + j] holds, in its 128-bit lane l, column 4l + j of rows 4g..4g+4.
+        for g in 0..4 {
+            for j in 0..2 {
+                let lo = _mm512_castps_pd(a[4 * g + j]);
+                let hi = _mm512_castps_pd(a[4 * g + 2 + j]);
+                b[4 * g + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+                b[4 * g + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+            }
+        }
+        // c[j]: lanes 0, 2 of row groups 0, 1; c[4 + j]: lanes 1, 3; c[8..]: the same of groups 2, 3.
+        for j in 0..4 {
+            c[j] = _mm512_shuffle_f32x4::<0x88>(b[j], b[4 + j]);
+            c[4 + j] = _mm512_shuffle_f32x4::<0xdd>(b[j], b[4 + j]);
+            c[8 + j] = _mm512_shuffle_f32x4::<0x88>(b[8 + j], b[12 + j]);
+            c[12 + j] = _mm512_shuffle_f32x4::<0xdd>(b[8 + j], b[12 + j]);
+        }
+        for j in 0..4 {
+            out[j] = _mm512_shuffle_f32x4::<0x88>(c[j], c[8 + j]);
+            out[4 + j] = _mm512_shuffle_f32x4::<0x88>(c[4 + j], c[12 + j]);
+            out[8 + j] = _mm512_shuffle_f32x4::<0xdd>(c[j], c[8 + j]);
+            out[12 + j] = _mm512_shuffle_f32x4::<0xdd>(c[4 + j], c[12 + j]);
+        }
+        out
+    }
+}

@@ -1,0 +1,13 @@
+//! Tests across the crates: what a user of the facade sees, against the reference implementation's numbers.
+//!
+//! Each module is one kind of behaviour. This crate knows nothing of private items: it uses the facade alone.
+//! Start at [`golden`], which finds the golden files.
+//!
+//! Invariant: a comparison counts what it compared, so that a test cannot pass because nothing ran.
+
+#![forbid(unsafe_code)]
+
+pub mod golden;
+
+#[cfg(test)]
+mod parity;
