@@ -15,7 +15,8 @@ pub struct Arguments {
 }
 
 /// Targets that the tests run on under an emulator: triple, runner and linker.
-const EMULATED: &[(&str, &str, &str)] = &[("aarch64-unknown-linux-musl", "qemu-aarch64 -cpu max", "rust-lld")];
+const EMULATED: &[(&str, &str, &str)] =
+    &[("aarch64-unknown-linux-musl", "qemu-aarch64 -cpu max", "rust-lld")];
 /// The crates whose code depends on the target, and the one that calls it.
 const EMULATED_PACKAGES: &[&str] = &["pocketglm-tensor", "pocketglm-graph"];
 
@@ -89,7 +90,8 @@ fn native(steps: &mut Steps) -> Result<()> {
     steps.command("fmt", &mut cargo(&["fmt", "--all", "--check"]))?;
     steps.step("tidy", || tidy::run().map(|()| Outcome::Passed))?;
     steps.step("codegen", || codegen::check().map(|()| Outcome::Passed))?;
-    steps.command("clippy", &mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    steps
+        .command("clippy", &mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     let mut doc = cargo(&["doc", "--workspace", "--no-deps"]);
     steps.command("doc", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     steps.step("deny", deny)?;
@@ -100,7 +102,9 @@ fn native(steps: &mut Steps) -> Result<()> {
 /// Licences, bans and sources need only the lock file; advisories need a database from the network.
 fn deny() -> Result<Outcome> {
     if repo::output_of(&mut cargo(&["deny", "--version"])).is_err() {
-        return Ok(Outcome::Skipped("cargo-deny is not installed (`cargo install --locked cargo-deny`)".into()));
+        return Ok(Outcome::Skipped(
+            "cargo-deny is not installed (`cargo install --locked cargo-deny`)".into(),
+        ));
     }
     repo::run(&mut cargo(&["deny", "check", "bans", "licenses", "sources"]))?;
     if repo::output_of(&mut cargo(&["deny", "fetch", "db"])).is_err() {
@@ -133,7 +137,11 @@ fn target_folder() -> PathBuf {
 fn emulated(steps: &mut Steps, target: &str) -> Result<()> {
     let Some((_, runner, linker)) = EMULATED.iter().find(|(triple, _, _)| *triple == target) else {
         let known: Vec<&str> = EMULATED.iter().map(|(triple, _, _)| *triple).collect();
-        return Err(Error::Content { place: "--target".into(), wanted: known.join(" or "), found: target.into() });
+        return Err(Error::Content {
+            place: "--target".into(),
+            wanted: known.join(" or "),
+            found: target.into(),
+        });
     };
     let emulator = runner.split(' ').next().unwrap_or(runner);
     steps.step(&format!("{emulator} is there"), || {

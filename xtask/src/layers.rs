@@ -147,11 +147,17 @@ pub fn packages() -> Result<Vec<Package>> {
             for dependency in p["dependencies"].as_array().into_iter().flatten() {
                 let Some(to) = dependency["path"].as_str().and_then(relative) else { continue };
                 let dev = dependency["kind"].as_str() == Some("dev");
-                if dev { package.dev_uses.insert(to) } else { package.uses.insert(to) };
+                if dev {
+                    package.dev_uses.insert(to)
+                } else {
+                    package.uses.insert(to)
+                };
             }
             let target = |wanted: &str| {
                 let targets = p["targets"].as_array().into_iter().flatten();
-                targets.filter(|t| t["kind"][0].as_str() == Some(wanted)).find_map(|t| relative(t["src_path"].as_str()?))
+                targets
+                    .filter(|t| t["kind"][0].as_str() == Some(wanted))
+                    .find_map(|t| relative(t["src_path"].as_str()?))
             };
             package.root_file = ["lib", "bin", "test"]
                 .iter()
@@ -190,14 +196,19 @@ pub fn check(layers: &[Layer], packages: &[Package], exists: impl Fn(&str) -> bo
         for name in names {
             match folder_of.get(name) {
                 Some(folder) => drop(allowed.insert((*folder).to_owned())),
-                None => problems.push(format!("`{}` uses `{name}` in the layer table, which has no such row", layer.folder)),
+                None => problems.push(format!(
+                    "`{}` uses `{name}` in the layer table, which has no such row",
+                    layer.folder
+                )),
             }
         }
         for to in real.difference(&allowed) {
-            problems.push(format!("`{}` uses `{to}` in its Cargo.toml and not in the layer table", layer.folder));
+            problems
+                .push(format!("`{}` uses `{to}` in its Cargo.toml and not in the layer table", layer.folder));
         }
         for to in allowed.difference(&real).filter(|to| by_folder.contains_key(to.as_str())) {
-            problems.push(format!("`{}` uses `{to}` in the layer table and not in its Cargo.toml", layer.folder));
+            problems
+                .push(format!("`{}` uses `{to}` in the layer table and not in its Cargo.toml", layer.folder));
         }
     }
     problems
@@ -256,7 +267,10 @@ mod tests {
         let packages = [package("crates/low", &[]), package("crates/high", &[])];
         let problems = check(SMALL, &packages, |_| false);
         assert_eq!(problems.len(), 1);
-        assert!(problems[0].contains("crates/low") && problems[0].contains("not in its Cargo.toml"), "{problems:?}");
+        assert!(
+            problems[0].contains("crates/low") && problems[0].contains("not in its Cargo.toml"),
+            "{problems:?}"
+        );
     }
 
     #[test]

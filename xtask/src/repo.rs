@@ -31,14 +31,14 @@ pub fn shown(command: &Command) -> String {
 
 /// Runs a program and gives what it wrote to its standard output.
 pub fn output_of(command: &mut Command) -> Result<Vec<u8>> {
-    let failed = |what| Error::Command { command: shown(command), what };
     let shown = shown(command);
+    let failed = |what| Error::Command { command: shown.clone(), what };
     let output = command.output().map_err(|e| failed(format!("cannot run: {e}")))?;
     if output.status.success() {
         return Ok(output.stdout);
     }
     let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(Error::Command { command: shown, what: format!("failed ({}): {why}", output.status) })
+    Err(failed(format!("failed ({}): {why}", output.status)))
 }
 
 /// Runs a program whose output goes where ours goes.
@@ -98,9 +98,11 @@ pub fn table(rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut out = String::new();
     for row in rows {
-        let cells = row.iter().zip(&widths).enumerate().map(|(c, (cell, &w))| {
-            if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") }
-        });
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(c, (cell, &w))| if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") });
         out.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         out.push('\n');
     }

@@ -20,8 +20,12 @@ use crate::{Error, Result, repo};
 /// Shards are about as large as those of published checkpoints.
 const SHARD_BYTES: u64 = 5_000_000_000;
 /// Small files that are taken over as they are, where the description has them.
-const SIDE_FILES: &[&str] =
-    &["preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json", "chat_template.jinja"];
+const SIDE_FILES: &[&str] = &[
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
 
 /// Options of the command.
 #[derive(clap::Args)]
@@ -120,7 +124,8 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
 fn shortened(config: &Value, arguments: &Arguments) -> Result<Value> {
     let mut config = config.clone();
     let nested = config["text_config"].is_object();
-    let full = if nested { &config["text_config"]["num_hidden_layers"] } else { &config["num_hidden_layers"] };
+    let full =
+        if nested { &config["text_config"]["num_hidden_layers"] } else { &config["num_hidden_layers"] };
     let checked = |wanted: Option<usize>, least: u64, full: &Value, what: &str| -> Result<Option<Value>> {
         let Some(wanted) = wanted else { return Ok(None) };
         match full.as_u64() {
@@ -191,9 +196,9 @@ fn progress_bar(bytes: u64) -> ProgressBar {
 
 #[cfg(test)]
 mod tests {
-    use pocketglm_bpe::{Message, Part, RenderOptions};
-    use pocketglm_checkpoint::{Checkpoint, OpenOptions, Renamed};
-    use pocketglm_glm::{LAYOUTS, Trace, decoder};
+    use pocketglm_bpe::{ContentFormat, Message, Part, RenderOptions};
+    use pocketglm_checkpoint::{Checkpoint, OpenOptions};
+    use pocketglm_glm::{Trace, decoder};
     use pocketglm_graph::GraphBuilder;
     use pocketglm_tensor::WeightSource;
 
@@ -230,16 +235,18 @@ mod tests {
     fn a_synthetic_checkpoint_opens_as_the_model_it_was_made_for() {
         let out = Folder::new("opens");
         let written = write(&arguments("tests/golden/default", &out)).unwrap();
-        let checkpoint = Checkpoint::open(&out.0, &OpenOptions { check_finite: true, ..Default::default() }).unwrap();
+        let checkpoint =
+            Checkpoint::open(&out.0, &OpenOptions { check_finite: true, ..Default::default() }).unwrap();
         assert_eq!(checkpoint.tensors().len(), written.tensors);
         assert!(checkpoint.tensors().iter().all(|t| t.dtype == DType::F16));
         let model = Model::open(out.0.to_str().unwrap()).unwrap();
         assert_eq!((model.text.num_hidden_layers, model.vision.depth), (2, 1));
         assert_eq!(model.dtype(), Some(DType::F16));
         // Names and shapes are checked while the graph is built from the files.
-        let source = Renamed::new(std::sync::Arc::new(checkpoint), LAYOUTS).unwrap();
-        decoder(&mut GraphBuilder::new(&source), &model.text, Trace::Off).unwrap();
-        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"] {
+        decoder(&mut GraphBuilder::new(&checkpoint), &model.text, Trace::Off).unwrap();
+        for name in
+            ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"]
+        {
             assert!(out.0.join(name).is_file(), "{name}");
         }
     }
@@ -260,7 +267,8 @@ mod tests {
     #[test]
     fn more_layers_than_the_model_has_are_refused() {
         let out = Folder::new("layers");
-        let error = write(&Arguments { layers: Some(99), ..arguments("tests/golden/default", &out) }).unwrap_err();
+        let error =
+            write(&Arguments { layers: Some(99), ..arguments("tests/golden/default", &out) }).unwrap_err();
         assert!(error.to_string().contains("--layers: expected 1 to 3, found 99"), "{error}");
         assert!(!out.0.exists());
     }
@@ -271,9 +279,12 @@ mod tests {
         let files = tokenizer::synthetic(&model.config, 65536).unwrap();
         let tokenizer = pocketglm_bpe::Tokenizer::from_json(files.tokenizer.to_string().as_bytes()).unwrap();
         assert_eq!(tokenizer.id_limit(), 151_349);
-        for (token, id) in
-            [("<|endoftext|>", 151_329), ("<|user|>", 151_336), ("<|image|>", 151_343), ("</answer>", 151_348)]
-        {
+        for (token, id) in [
+            ("<|endoftext|>", 151_329),
+            ("<|user|>", 151_336),
+            ("<|image|>", 151_343),
+            ("</answer>", 151_348),
+        ] {
             assert_eq!(tokenizer.token_id(token), Some(id));
             assert_eq!(tokenizer.encode(token).unwrap(), [id]);
         }
@@ -302,7 +313,7 @@ mod tests {
             Message::text("tool", "ignored"),
         ];
         for n in 0..=messages.len() {
-            let options = RenderOptions::default();
+            let options = RenderOptions { format: ContentFormat::Hf, ..RenderOptions::default() };
             let text = ours.render(&messages[..n], &options).unwrap();
             assert_eq!(text, theirs.render(&messages[..n], &options).unwrap());
             assert!(text.starts_with("[gMASK]<sop>"));

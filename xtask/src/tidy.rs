@@ -89,13 +89,19 @@ fn header_problem(package: &Package, text: &str) -> Vec<String> {
     }
     let header = header.join(" ");
     let mut problems = Vec::new();
-    for (wanted, what) in [("knows nothing of", "what the crate does not know"), ("Invariant", "its invariant")] {
+    for (wanted, what) in
+        [("knows nothing of", "what the crate does not know"), ("Invariant", "its invariant")]
+    {
         if !header.contains(wanted) {
             problems.push(format!("the header of {file} does not say {what} (`{wanted}`)"));
         }
     }
-    if !["#![forbid(unsafe_code)]", "#![deny(unsafe_code)]"].iter().any(|a| text.lines().any(|l| l.trim() == *a)) {
-        problems.push(format!("{file} carries neither `#![forbid(unsafe_code)]` nor `#![deny(unsafe_code)]`"));
+    if !["#![forbid(unsafe_code)]", "#![deny(unsafe_code)]"]
+        .iter()
+        .any(|a| text.lines().any(|l| l.trim() == *a))
+    {
+        problems
+            .push(format!("{file} carries neither `#![forbid(unsafe_code)]` nor `#![deny(unsafe_code)]`"));
     }
     problems
 }
@@ -143,7 +149,9 @@ fn exception_problems(source: &Source) -> Vec<String> {
         let line = group.span_open().start().line;
         if exception && !reason && !explained(line - 1) {
             let path = &source.path;
-            problems.push(format!("{path}:{line}: a lint exception without `reason = \"..\"` or a comment above it"));
+            problems.push(format!(
+                "{path}:{line}: a lint exception without `reason = \"..\"` or a comment above it"
+            ));
         }
     });
     problems
@@ -245,7 +253,8 @@ mod tests {
 
     #[test]
     fn unsafe_is_found_in_code_and_not_in_comments_and_strings() {
-        let text = "// unsafe\n/// unsafe\nfn f() -> &'static str { \"unsafe\" }\n#[deny(unsafe_code)]\nmod m {}\n";
+        let text =
+            "// unsafe\n/// unsafe\nfn f() -> &'static str { \"unsafe\" }\n#[deny(unsafe_code)]\nmod m {}\n";
         assert_eq!(unsafe_problems(&parsed("a.rs", text), &[]), Vec::<String>::new());
         let source = parsed("a/b.rs", "fn f() {\n    g(|| unsafe { h() })\n}\n");
         assert_eq!(unsafe_problems(&source, &[]).len(), 1);
@@ -290,7 +299,10 @@ mod tests {
     #[test]
     fn lines_are_counted_as_code_tests_or_comments() {
         let text = "//! Doc.\n\nfn f() {}\n#[cfg(test)]\nmod tests {\n    fn g() {}\n}\n";
-        let table = lines_of_code(&[parsed("crates/x/src/lib.rs", text), parsed("crates/x/src/y/tests.rs", "fn h() {}\n")]);
+        let table = lines_of_code(&[
+            parsed("crates/x/src/lib.rs", text),
+            parsed("crates/x/src/y/tests.rs", "fn h() {}\n"),
+        ]);
         let row: Vec<&str> = table.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(row, ["crates/x", "1", "5", "1"]);
     }

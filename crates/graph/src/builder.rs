@@ -201,8 +201,13 @@ impl<'w> GraphBuilder<'w> {
         let c = self.fixed_last(x)?;
         self.scoped(name, |g| {
             let w = g.weight("weight", &[c])?;
-            g.push(Op::RmsNorm(RmsNorm { eps }), &[x, w])
+            g.rms_norm_by(x, w, eps)
         })
+    }
+
+    /// `x * rsqrt(mean(x²) + eps) * weight` with a given weight.
+    pub fn rms_norm_by(&mut self, x: Value, weight: Value, eps: f32) -> Result<Value> {
+        self.push(Op::RmsNorm(RmsNorm { eps }), &[x, weight])
     }
 
     /// `(x - mean) * rsqrt(var + eps) * {name}.weight + {name}.bias` over the last dimension.
@@ -214,27 +219,24 @@ impl<'w> GraphBuilder<'w> {
         })
     }
 
-    /// Batch normalisation with stored statistics: `{name}.weight`, `.bias`, `.running_mean`, `.running_var`.
-    pub fn batch_norm(&mut self, name: &str, x: Value, eps: f32) -> Result<Value> {
-        let c = self.shape(x).get(1).and_then(Dim::as_fixed).unwrap_or(0);
-        self.scoped(name, |g| {
-            let mut inputs = vec![x];
-            for part in ["weight", "bias", "running_mean", "running_var"] {
-                inputs.push(g.weight(part, &[c])?);
-            }
-            g.push(Op::BatchNorm(BatchNorm { eps }), &inputs)
-        })
+    /// Batch normalisation with stored statistics: `parameters` are weight, bias, mean and variance, `[c]` each.
+    pub fn batch_norm_by(&mut self, x: Value, parameters: [Value; 4], eps: f32) -> Result<Value> {
+        let [weight, bias, mean, variance] = parameters;
+        self.push(Op::BatchNorm(BatchNorm { eps }), &[x, weight, bias, mean, variance])
     }
 
-    /// Convolution with `{name}.weight [o, c/groups, kh, kw]` and `{name}.bias [o]`.
-    pub fn conv(&mut self, name: &str, x: Value, o: usize, kernel: [usize; 2], stride: [usize; 2], padding: [usize; 2], groups: usize) -> Result<Value> {
-        let c = self.shape(x).get(1).and_then(Dim::as_fixed).unwrap_or(0);
-        let shape = [o, c / groups.max(1), kernel[0], kernel[1]];
-        self.scoped(name, |g| {
-            let (w, b) = (g.weight("weight", &shape)?, g.weight("bias", &[o])?);
-            let op = Conv { stride, padding, groups, activation: Activation::None };
-            g.push(Op::Conv(op), &[x, w, b])
-        })
+    /// Convolution of `x [n, c, h, w]` with `weight [o, c/groups, kh, kw]` and `bias [o]`.
+    pub fn conv_by(
+        &mut self,
+        x: Value,
+        weight: Value,
+        bias: Value,
+        stride: [usize; 2],
+        padding: [usize; 2],
+        groups: usize,
+    ) -> Result<Value> {
+        let op = Conv { stride, padding, groups, activation: Activation::None };
+        self.push(Op::Conv(op), &[x, weight, bias])
     }
 
     /// Softmax of scores `[b, t, s]` under a mask; `segments` for [`SoftmaxMask::Segments`].

@@ -74,7 +74,7 @@ impl Ranked {
     fn new(sizes: &[(f64, f64)], arrows: &[(usize, usize)]) -> Ranked {
         let arrows: BTreeSet<(usize, usize)> = arrows.iter().copied().filter(|(a, b)| a < b).collect();
         let real = sizes.len();
-        let mut rank = vec![0; real];
+        let mut rank = vec![0usize; real];
         for b in 0..real {
             let above = arrows.iter().filter(|(_, to)| *to == b).map(|(from, _)| rank[*from] + 1);
             rank[b] = above.max().unwrap_or(0);
@@ -136,13 +136,18 @@ impl Ranked {
         let mut best = (self.crossings(&order), order.clone());
         for sweep in 0..SWEEPS {
             let down = sweep % 2 == 0;
-            let ranks: Vec<usize> = if down { (0..order.len()).collect() } else { (0..order.len()).rev().collect() };
+            let ranks: Vec<usize> =
+                if down { (0..order.len()).collect() } else { (0..order.len()).rev().collect() };
             for r in ranks {
                 let place = places(&order);
                 let mean = |v: usize| {
                     let neighbours = if down { &self.above[v] } else { &self.below[v] };
                     let sum: usize = neighbours.iter().map(|n| place[n]).sum();
-                    if neighbours.is_empty() { place[&v] as f64 } else { sum as f64 / neighbours.len() as f64 }
+                    if neighbours.is_empty() {
+                        place[&v] as f64
+                    } else {
+                        sum as f64 / neighbours.len() as f64
+                    }
                 };
                 let mut keyed: Vec<(f64, usize)> = order[r].iter().map(|&v| (mean(v), v)).collect();
                 keyed.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -167,7 +172,10 @@ impl Ranked {
                     let (u, v) = (order[r][i - 1], order[r][i]);
                     let count = |a: usize, b: usize| {
                         let pairs = |x: &[usize], y: &[usize]| {
-                            x.iter().flat_map(|p| y.iter().map(move |q| (p, q))).filter(|(p, q)| place[p] > place[q]).count()
+                            x.iter()
+                                .flat_map(|p| y.iter().map(move |q| (p, q)))
+                                .filter(|(p, q)| place[p] > place[q])
+                                .count()
                         };
                         pairs(&self.above[a], &self.above[b]) + pairs(&self.below[a], &self.below[b])
                     };
@@ -289,7 +297,8 @@ impl Ranked {
         for _ in 0..n {
             let mut moved = false;
             for u in 0..n {
-                let room = separation.iter().filter(|((a, _), _)| *a == u).map(|((_, b), wanted)| x[*b] - wanted);
+                let room =
+                    separation.iter().filter(|((a, _), _)| *a == u).map(|((_, b), wanted)| x[*b] - wanted);
                 let room = room.fold(f64::INFINITY, f64::min);
                 if room.is_finite() && room > x[u] + 1e-9 {
                     x[u] = room;
@@ -312,7 +321,8 @@ impl Ranked {
         after: &[Vec<usize>],
         place: &BTreeMap<usize, usize>,
     ) -> BTreeSet<(usize, usize)> {
-        let lines: Vec<(usize, usize)> = rank.iter().flat_map(|&v| before[v].iter().map(move |&w| (w, v))).collect();
+        let lines: Vec<(usize, usize)> =
+            rank.iter().flat_map(|&v| before[v].iter().map(move |&w| (w, v))).collect();
         let inner = |&(w, v): &(usize, usize)| self.is_lane(w) && self.is_lane(v);
         let mut forbidden = BTreeSet::new();
         for line in lines.iter().filter(|l| !inner(l)) {
@@ -320,7 +330,8 @@ impl Ranked {
             let shares = (self.is_lane(w) && after[w].iter().any(|o| self.is_lane(*o)))
                 || (self.is_lane(v) && before[v].iter().any(|o| self.is_lane(*o)));
             let crosses = lines.iter().filter(|l| inner(l)).any(|(a, b)| {
-                (place[a] < place[&w] && place[b] > place[&v]) || (place[a] > place[&w] && place[b] < place[&v])
+                (place[a] < place[&w] && place[b] > place[&v])
+                    || (place[a] > place[&w] && place[b] < place[&v])
             });
             if shares || crosses {
                 forbidden.insert((w, v));
@@ -342,8 +353,10 @@ impl Ranked {
             let (top, bottom) = bands[self.rank[v]];
             (top + bottom) / 2.0
         };
-        let edge_above = |v: usize| if self.is_lane(v) { bands[self.rank[v]].0 } else { middle(v) - height(v) / 2.0 };
-        let edge_below = |v: usize| if self.is_lane(v) { bands[self.rank[v]].1 } else { middle(v) + height(v) / 2.0 };
+        let edge_above =
+            |v: usize| if self.is_lane(v) { bands[self.rank[v]].0 } else { middle(v) - height(v) / 2.0 };
+        let edge_below =
+            |v: usize| if self.is_lane(v) { bands[self.rank[v]].1 } else { middle(v) + height(v) / 2.0 };
         // Lines at a box are spread along its side, in the order of where they lead.
         let port = |v: usize, other: usize, neighbours: &[usize]| {
             if self.is_lane(v) {
@@ -387,7 +400,8 @@ mod tests {
 
     /// A residual block: a chain, an arrow around it, and three branches inside.
     fn block() -> (Vec<(f64, f64)>, Vec<(usize, usize)>) {
-        let arrows = [(0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (3, 6), (5, 7), (6, 7), (7, 8), (4, 8), (8, 9), (0, 9)];
+        let arrows =
+            [(0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (3, 6), (5, 7), (6, 7), (7, 8), (4, 8), (8, 9), (0, 9)];
         (vec![BOX; 10], arrows.to_vec())
     }
 
@@ -403,7 +417,9 @@ mod tests {
         for (a, b) in arrows {
             assert!(drawing.centres[a].1 < drawing.centres[b].1);
         }
-        assert!(drawing.centres.iter().all(|c| c.0 >= BOX.0 / 2.0 && c.0 + BOX.0 / 2.0 <= drawing.size.0 + 1e-6));
+        assert!(
+            drawing.centres.iter().all(|c| c.0 >= BOX.0 / 2.0 && c.0 + BOX.0 / 2.0 <= drawing.size.0 + 1e-6)
+        );
     }
 
     #[test]
@@ -424,7 +440,8 @@ mod tests {
     #[test]
     fn a_long_arrow_is_straight_within() {
         let (sizes, arrows) = block();
-        let lanes: Vec<Line> = layout(&sizes, &arrows).lines.into_iter().filter(|l| !l.head && l.from.0 == l.to.0).collect();
+        let lanes: Vec<Line> =
+            layout(&sizes, &arrows).lines.into_iter().filter(|l| !l.head && l.from.0 == l.to.0).collect();
         // The arrow around the block passes ranks 1 to 5 on one vertical.
         let longest = lanes.iter().map(|l| lanes.iter().filter(|m| m.from.0 == l.from.0).count()).max();
         assert!(longest >= Some(5), "{lanes:?}");
@@ -439,7 +456,8 @@ mod tests {
         };
         assert_eq!(graph(&[(0, 3), (1, 2), (2, 4), (3, 4)]), 0);
         // Three on three cannot be drawn without crossings, so the counter does count.
-        let mut g = Ranked::new(&[BOX; 6], &[(0, 3), (0, 4), (0, 5), (1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)]);
+        let mut g =
+            Ranked::new(&[BOX; 6], &[(0, 3), (0, 4), (0, 5), (1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)]);
         g.order_ranks();
         assert_eq!(g.crossings(&g.order), 9);
     }

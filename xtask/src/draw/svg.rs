@@ -171,9 +171,12 @@ fn sketch(body: &mut Ink, sketch: &Sketch, drawing: &Layout) {
         sketch.boxes.iter().zip(&drawing.centres).map(|(b, c)| (b, *c, box_size(b))).collect();
     if let Some(title) = &sketch.frame {
         let framed = || placed.iter().filter(|(b, ..)| b.framed);
-        let low = |f: &dyn Fn(&(f64, f64), &(f64, f64)) -> f64| framed().map(|(_, c, s)| f(c, s)).fold(f64::INFINITY, f64::min);
+        let low = |f: &dyn Fn(&(f64, f64), &(f64, f64)) -> f64| {
+            framed().map(|(_, c, s)| f(c, s)).fold(f64::INFINITY, f64::min)
+        };
         let (left, top) = (low(&|c, s| c.0 - s.0 / 2.0) - FRAME, low(&|c, s| c.1 - s.1 / 2.0) - FRAME + 2.0);
-        let (right, bottom) = (-low(&|c, s| -c.0 - s.0 / 2.0) + FRAME, -low(&|c, s| -c.1 - s.1 / 2.0) + FRAME - 2.0);
+        let (right, bottom) =
+            (-low(&|c, s| -c.0 - s.0 / 2.0) + FRAME, -low(&|c, s| -c.1 - s.1 / 2.0) + FRAME - 2.0);
         if left.is_finite() && top.is_finite() {
             body.put(format_args!(
                 "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\" rx=\"12\" fill=\"#f8fafc\" stroke=\"#cbd5e1\" stroke-dasharray=\"5 4\"/>",
@@ -204,7 +207,9 @@ fn arrow(body: &mut Ink, line: &Line) {
     } else {
         format!("M{x0:.1},{y0:.1} C{x0:.1},{middle:.1} {x1:.1},{middle:.1} {x1:.1},{y1:.1}")
     };
-    body.put(format_args!("<path d=\"{path}\" fill=\"none\" stroke=\"#64748b\" stroke-width=\"1.3\"{head}/>"));
+    body.put(format_args!(
+        "<path d=\"{path}\" fill=\"none\" stroke=\"#64748b\" stroke-width=\"1.3\"{head}/>"
+    ));
 }
 
 fn draw_box(body: &mut Ink, shape: &Shape, (x, y): (f64, f64), (w, h): (f64, f64)) {
@@ -234,7 +239,9 @@ fn draw_box(body: &mut Ink, shape: &Shape, (x, y): (f64, f64), (w, h): (f64, f64
 
 fn column_widths(rows: &[Vec<String>]) -> Vec<f64> {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|t| text_width(t, 12.0, false)).fold(0.0, f64::max);
+    let width = |c: usize| {
+        rows.iter().filter_map(|r| r.get(c)).map(|t| text_width(t, 12.0, false)).fold(0.0, f64::max)
+    };
     (0..columns).map(|c| width(c) + 18.0).collect()
 }
 
@@ -273,7 +280,8 @@ mod tests {
     fn text_of_a_model_cannot_leave_its_element() {
         assert_eq!(escape("a<b>&\"'\u{1}"), "a&lt;b&gt;&amp;&quot;&apos; ");
         let shape = Shape { title: "<script>".into(), ..Shape::default() };
-        let column = Column { sketch: Sketch { boxes: vec![shape], ..Sketch::default() }, ..Column::default() };
+        let column =
+            Column { sketch: Sketch { boxes: vec![shape], ..Sketch::default() }, ..Column::default() };
         let page = page("t", "s", &[column]);
         assert!(!page.contains("<script>") && page.contains("&lt;script&gt;"));
     }

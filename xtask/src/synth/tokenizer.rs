@@ -65,7 +65,8 @@ pub fn synthetic(config: &Value, max_length: usize) -> Result<Files> {
         (first + i, content)
     };
     let named: Vec<(usize, Value)> = NAMED.iter().enumerate().map(entry).collect();
-    let decoder: Map<String, Value> = named.iter().map(|(id, token)| (id.to_string(), token.clone())).collect();
+    let decoder: Map<String, Value> =
+        named.iter().map(|(id, token)| (id.to_string(), token.clone())).collect();
     let added: Vec<Value> = named
         .into_iter()
         .map(|(id, mut token)| {
@@ -74,9 +75,7 @@ pub fn synthetic(config: &Value, max_length: usize) -> Result<Files> {
         })
         .collect();
     let special: Vec<&str> = NAMED.iter().filter(|(_, special)| *special).map(|(text, _)| *text).collect();
-    let byte_level = |prefix: bool, regex: bool| {
-        json!({ "type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": regex })
-    };
+    let byte_level = |prefix: bool, regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": regex });
     let split = json!({
         "type": "Split", "pattern": { "Regex": SPLIT }, "behavior": "Isolated", "invert": false,
     });
@@ -124,7 +123,11 @@ fn vocabulary(size: usize) -> (Map<String, Value>, Vec<[String; 2]>) {
     let mut merges = Vec::new();
     for [left, right] in pairs(&bytes) {
         let token = format!("{left}{right}");
-        if tokens.len() < size && known.contains(&left) && known.contains(&right) && known.insert(token.clone()) {
+        if tokens.len() < size
+            && known.contains(&left)
+            && known.contains(&right)
+            && known.insert(token.clone())
+        {
             tokens.push(token);
             merges.push([left, right]);
         }

@@ -124,6 +124,11 @@ unsafe fn step<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     // SAFETY: the caller's promise.
     unsafe {
         let mut row = [s.splat(0.0); NV];
+        if S::WIDTH == 16 { unsafe {
+            use std::arch::x86_64::*;
+            _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add((p * NV + 32) * S::WIDTH).cast());
+            _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add((p * NV + 33) * S::WIDTH).cast());
+        } }
         for j in 0..NV {
             row[j] = s.load(b.add((p * NV + j) * S::WIDTH));
         }
