@@ -103,7 +103,8 @@ pub fn cases(expected_in: &str) -> Vec<Case> {
 /// The conversation of a case, with the pictures that all checkpoints share.
 #[allow(clippy::panic, clippy::expect_used)] // Golden files are part of the repository.
 fn request(messages: &Value, case: &str) -> Request {
-    let first = || Tensors::open("default/golden/image.safetensors").pictures("image.0.raw_u8").expect("picture 0");
+    let first =
+        || Tensors::open("default/golden/image.safetensors").pictures("image.0.raw_u8").expect("picture 0");
     let mut pictures = match case {
         "text" => Vec::new(),
         "image" => first(),
@@ -120,7 +121,9 @@ fn request(messages: &Value, case: &str) -> Request {
         Some("text") => Part::Text(text(&p["text"])),
         Some("image") => Part::Image(pictures.next().expect("a picture for each image")),
         Some("video") => Part::Video {
-            frames: Tensors::open("default/golden/video.safetensors").pictures("video.raw_u8").expect("frames"),
+            frames: Tensors::open("default/golden/video.safetensors")
+                .pictures("video.raw_u8")
+                .expect("frames"),
             seconds: vec![0, 1, 2, 3],
         },
         other => panic!("unknown part {other:?}"),

@@ -10,4 +10,18 @@
 pub mod golden;
 
 #[cfg(test)]
+mod checkpoints;
+#[cfg(test)]
+mod conversation;
+#[cfg(test)]
+mod generation;
+#[cfg(test)]
+mod memory;
+#[cfg(test)]
 mod parity;
+#[cfg(test)]
+mod pictures;
+#[cfg(test)]
+mod support;
+#[cfg(test)]
+mod templates;

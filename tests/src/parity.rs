@@ -59,7 +59,8 @@ fn compare(engine: &Engine, case: &Case) -> (f64, f64, usize) {
 fn greedy(engine: &Engine, case: &Case) -> Vec<i64> {
     let prompt = engine.prompt(&case.request).unwrap();
     let wanted = ids(case, "generated_ids");
-    let options = GenerateOptions { max_new_tokens: wanted.len(), ignore_eos: true, ..GenerateOptions::default() };
+    let options =
+        GenerateOptions { max_new_tokens: wanted.len(), ignore_eos: true, ..GenerateOptions::default() };
     let mut session = engine.session();
     let mut answer = session.generate(&prompt, &options).unwrap();
     answer.text().unwrap();
@@ -74,7 +75,10 @@ fn every_tiny_checkpoint_matches_the_reference_tensor_by_tensor() {
         let engine = engine(checkpoint, EngineOptions::default());
         for case in cases(expected_in) {
             let (merger, logits, tensors) = compare(&engine, &case);
-            println!("{checkpoint:14} {:11} merger {merger:.1e} logits {logits:.1e} ({tensors} tensors)", case.name);
+            println!(
+                "{checkpoint:14} {:11} merger {merger:.1e} logits {logits:.1e} ({tensors} tensors)",
+                case.name
+            );
             compared += tensors;
             shapes.insert(*checkpoint);
         }

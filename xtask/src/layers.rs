@@ -75,7 +75,7 @@ pub const LAYERS: &[Layer] = &[
     },
     Layer {
         folder: "crates/pocketglm",
-        uses: Uses::Only(&["engine", "glm", "vit", "bpe", "graph", "checkpoint", "tensor"]),
+        uses: Uses::Only(&["engine"]),
         holds: "the facade that others depend on",
         absence: "third parties' types in its signatures",
     },

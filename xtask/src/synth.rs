@@ -291,7 +291,13 @@ mod tests {
         let text = "Open 设置, then tap “WLAN” 42 times 🙂.\n";
         let ids = tokenizer.encode(text).unwrap();
         assert_eq!(tokenizer.decode(&ids, false), text);
-        assert!(ids.len() < text.len() * 2 / 3, "{} tokens for {} bytes", ids.len(), text.len());
+        assert!(
+            ids.len() < text.chars().count(),
+            "{} tokens for {} characters",
+            ids.len(),
+            text.chars().count()
+        );
+        assert_eq!(["设置", "42", " the"].map(|t| tokenizer.encode(t).unwrap().len()), [2, 1, 2]);
 
         let json = fs::read(model.folder.join("preprocessor_config.json")).unwrap();
         let read = pocketglm_vit::preprocess::PreprocessConfig::from_image_json(&json).unwrap();

@@ -6,25 +6,24 @@ use crate::tokenizer::Tokenizer;
 ///
 /// The pieces together equal [`Tokenizer::decode`] of all ids. At most three bytes are held back.
 #[derive(Debug, Clone)]
-pub struct Detokenizer<'t> {
-    tokenizer: &'t Tokenizer,
+pub struct Detokenizer {
     skip_special: bool,
     /// Bytes that are a prefix of a character whose rest is still to come.
     pending: Vec<u8>,
 }
 
-impl<'t> Detokenizer<'t> {
+impl Detokenizer {
     /// Starts a stream; `skip_special` leaves special tokens out of the text.
-    pub fn new(tokenizer: &'t Tokenizer, skip_special: bool) -> Self {
-        Self { tokenizer, skip_special, pending: Vec::new() }
+    pub fn new(skip_special: bool) -> Self {
+        Self { skip_special, pending: Vec::new() }
     }
 
-    /// Takes the next id and returns the text that is certain now, if any.
-    pub fn push(&mut self, id: u32) -> Option<String> {
-        if self.skip_special && self.tokenizer.is_special(id) {
+    /// Takes the next id of `tokenizer` and returns the text that is certain now, if any.
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Option<String> {
+        if self.skip_special && tokenizer.is_special(id) {
             return None;
         }
-        self.pending.extend_from_slice(self.tokenizer.token_bytes(id)?);
+        self.pending.extend_from_slice(tokenizer.token_bytes(id)?);
         let keep = incomplete_suffix(&self.pending);
         let ready = self.pending.len() - keep;
         let text = String::from_utf8_lossy(self.pending.get(..ready)?).into_owned();

@@ -66,7 +66,8 @@ impl<'a> Fields<'a> {
 
     /// A whole number within `range`.
     pub fn integer(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
-        let wanted = || self.error(field, format!("a whole number from {} to {}", range.start(), range.end()));
+        let wanted =
+            || self.error(field, format!("a whole number from {} to {}", range.start(), range.end()));
         self.get(field)
             .map(|v| {
                 v.as_u64()
@@ -87,9 +88,9 @@ impl<'a> Fields<'a> {
     pub fn number(&self, field: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
         self.get(field)
             .map(|v| {
-                v.as_f64()
-                    .filter(|n| range.contains(n))
-                    .ok_or_else(|| self.error(field, format!("a number from {} to {}", range.start(), range.end())))
+                v.as_f64().filter(|n| range.contains(n)).ok_or_else(|| {
+                    self.error(field, format!("a number from {} to {}", range.start(), range.end()))
+                })
             })
             .transpose()
     }
@@ -105,14 +106,23 @@ impl<'a> Fields<'a> {
     }
 
     /// A list of at most `most` whole numbers within `range`; one bare number counts as a list of one.
-    pub fn integers(&self, field: &str, most: usize, range: RangeInclusive<usize>) -> Result<Option<Vec<usize>>> {
+    pub fn integers(
+        &self,
+        field: &str,
+        most: usize,
+        range: RangeInclusive<usize>,
+    ) -> Result<Option<Vec<usize>>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         let one = std::slice::from_ref(value);
         let list = value.as_array().map_or(one, Vec::as_slice);
         let wanted = || {
-            self.error(field, format!("at most {most} whole numbers from {} to {}", range.start(), range.end()))
+            self.error(
+                field,
+                format!("at most {most} whole numbers from {} to {}", range.start(), range.end()),
+            )
         };
-        let number = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| range.contains(n));
+        let number =
+            |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| range.contains(n));
         if list.len() > most {
             return Err(wanted());
         }

@@ -32,7 +32,9 @@ pub enum Error {
         id: u32,
     },
     /// A checkpoint without a chat template was given messages.
-    #[error("the checkpoint has no chat template (chat_template.jinja or tokenizer_config.json), so it takes input_ids only")]
+    #[error(
+        "the checkpoint has no chat template (chat_template.jinja or tokenizer_config.json), so it takes input_ids only"
+    )]
     NoTemplate,
     /// A text-only checkpoint was given pictures.
     #[error("the checkpoint has no vision encoder, so it cannot take {found} picture(s)")]

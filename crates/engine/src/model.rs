@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pocketglm_bpe::{ChatTemplate, Placeholders, Tokenizer, template_from_config};
-use pocketglm_checkpoint::{Checkpoint, ExpectedTensor, Fields, NameRules, OpenOptions, Renamed, check_tensors};
+use pocketglm_checkpoint::{
+    Checkpoint, ExpectedTensor, Fields, NameRules, OpenOptions, Renamed, check_tensors,
+};
 use pocketglm_glm::{LAYOUTS, Sampling, TextConfig, Trace, VisualTokens, decoder};
 use pocketglm_graph::{Graph, GraphBuilder, passes};
 use pocketglm_tensor::{DType, TensorInfo, WeightSource};
@@ -92,7 +94,8 @@ impl Model {
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Model> {
         const STEPS: usize = 5;
         options.report("load", 0, STEPS);
-        let checkpoint = Checkpoint::open(path, &OpenOptions { mode: options.read_mode, check_finite: false })?;
+        let checkpoint =
+            Checkpoint::open(path, &OpenOptions { mode: options.read_mode, check_finite: false })?;
         let config = checkpoint.required_json("config.json")?;
         let fields = Fields::new("config.json", &config)?;
         let model_type = fields.string("model_type")?.unwrap_or("(none)").to_string();
@@ -101,7 +104,8 @@ impl Model {
             return Err(Error::ModelType { place, found: model_type });
         }
         let text = TextConfig::from_fields(&fields)?;
-        let vision_config = fields.child("vision_config")?.map(|v| VisionConfig::from_fields(&v)).transpose()?;
+        let vision_config =
+            fields.child("vision_config")?.map(|v| VisionConfig::from_fields(&v)).transpose()?;
         if let Some(v) = &vision_config
             && v.out_hidden_size != text.hidden_size
         {
@@ -128,11 +132,14 @@ impl Model {
             pocketglm_checkpoint::Error::NoFile { wanted: "tokenizer.json".into(), folder: path.to_owned() }
         })?;
         let tokenizer_bytes = tokenizer_json.len() as u64;
-        let tokenizer = Tokenizer::from_json(tokenizer_json.as_slice()).map_err(text_error("tokenizer.json"))?;
+        let tokenizer =
+            Tokenizer::from_json(tokenizer_json.as_slice()).map_err(text_error("tokenizer.json"))?;
         options.report("load", 3, STEPS);
         let template = template(checkpoint)?;
         let vision = match vision_config {
-            Some(config) => Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options)?),
+            Some(config) => {
+                Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options)?)
+            }
             None => None,
         };
         options.report("load", 4, STEPS);
@@ -195,7 +202,12 @@ impl Model {
 }
 
 /// The decoder's graph over `weights`, after the passes.
-pub(crate) fn text_graph(text: &TextConfig, weights: &dyn WeightSource, fuse: bool, trace: Trace) -> Result<Graph> {
+pub(crate) fn text_graph(
+    text: &TextConfig,
+    weights: &dyn WeightSource,
+    fuse: bool,
+    trace: Trace,
+) -> Result<Graph> {
     let mut g = GraphBuilder::new(weights);
     decoder(&mut g, text, trace)?;
     finish(g, fuse)
@@ -256,7 +268,8 @@ impl VisionModel {
             Some(json) => PreprocessConfig::from_video_json(json.as_slice())?,
             None => images.clone(),
         };
-        for (file, p) in [("preprocessor_config.json", &images), ("video_preprocessor_config.json", &videos)] {
+        for (file, p) in [("preprocessor_config.json", &images), ("video_preprocessor_config.json", &videos)]
+        {
             let found = (p.patch_size(), p.temporal_patch_size(), p.merge_size());
             let wanted = (config.patch_size, config.temporal_patch_size, config.spatial_merge_size);
             if found != wanted {
@@ -309,7 +322,9 @@ fn template_variables(checkpoint: &Checkpoint) -> Result<Vec<(String, serde_json
 fn generation(checkpoint: &Checkpoint, config: &Fields<'_>) -> Result<(Vec<u32>, Sampling)> {
     let mut eos = Vec::new();
     let mut collect = |f: &Fields<'_>| -> Result<()> {
-        eos.extend(f.integers("eos_token_id", 64, 0..=1 << 24)?.unwrap_or_default().iter().map(|&id| id as u32));
+        eos.extend(
+            f.integers("eos_token_id", 64, 0..=1 << 24)?.unwrap_or_default().iter().map(|&id| id as u32),
+        );
         Ok(())
     };
     collect(config)?;

@@ -13,6 +13,9 @@ const PROGRAM_BYTES: u64 = 12 << 20;
 /// Bytes of tables per byte of `tokenizer.json`, measured at vocabularies of 1,024 and 151,552.
 const TOKENIZER_FACTOR: u64 = 3;
 
+/// Bytes of a mapped file that Linux brings in around a page that is touched (`fault_around_bytes`).
+const FAULT_AROUND_BYTES: u64 = 64 << 10;
+
 /// One part of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryUse {
@@ -78,13 +81,26 @@ pub(crate) struct RunSize {
 }
 
 /// Bindings of one decoder step.
-pub(crate) fn decoder_bindings(chunk: usize, past: usize, visual: usize, rows: usize, capacity: usize) -> Bindings {
+pub(crate) fn decoder_bindings(
+    chunk: usize,
+    past: usize,
+    visual: usize,
+    rows: usize,
+    capacity: usize,
+) -> Bindings {
     Bindings::new().with("T", chunk).with("P", past).with("V", visual).with("R", rows).with("C", capacity)
 }
 
 /// Bindings of one picture of `patches` patches in `segments` temporal patches.
 pub(crate) fn vision_bindings(patches: usize, merge: usize, segments: usize) -> Bindings {
     Bindings::new().with("M", patches / (merge * merge).max(1)).with("G", segments + 1)
+}
+
+/// Bytes that come into memory of an embedding table of `table` bytes for `tokens` tokens: a row each, and what the
+/// system maps around it.
+fn gathered_bytes(model: &Model, tokens: usize, table: u64) -> u64 {
+    let row = table / model.text.vocab_size as u64;
+    table.min(tokens as u64 * (row + FAULT_AROUND_BYTES))
 }
 
 pub(crate) fn plan(model: &Model, cpu: &Cpu, size: &RunSize) -> Result<MemoryPlan> {
@@ -96,6 +112,7 @@ pub(crate) fn plan(model: &Model, cpu: &Cpu, size: &RunSize) -> Result<MemoryPla
         MemoryUse { name: "program", bytes: PROGRAM_BYTES },
         MemoryUse { name: "tokenizer", bytes: model.tokenizer_bytes * TOKENIZER_FACTOR },
         MemoryUse { name: "decoder weights", bytes: text.weights + text.converted },
+        MemoryUse { name: "embedding rows", bytes: gathered_bytes(model, size.context, text.gathered) },
         MemoryUse { name: "KV cache", bytes: text.states },
         MemoryUse { name: "decoder activations", bytes: text.activations },
     ];

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use pocketglm_bpe as bpe;
 use pocketglm_bpe::{RenderOptions, VideoFrames, expand_placeholders};
 use pocketglm_glm::{Grid, Positions, TokenKind, positions, token_kinds};
-use pocketglm_vit::preprocess::{DecodeLimits, Image, Pixels, preprocess_image, preprocess_video, visual_tokens};
+use pocketglm_vit::preprocess::{
+    DecodeLimits, Image, Pixels, preprocess_image, preprocess_video, visual_tokens,
+};
 use sha2::{Digest, Sha256};
 
 use crate::model::{Model, VisionModel};
@@ -57,7 +59,11 @@ impl Prompt {
                 let pictures = load_pictures(model, messages, options)?;
                 let text = render(model, messages, &pictures, options)?;
                 let source = |source| Error::Text { what: "prompt", source };
-                (model.tokenizer.encode(&text).map_err(source)?, Some(text), pictures.into_iter().map(|p| p.0).collect())
+                (
+                    model.tokenizer.encode(&text).map_err(source)?,
+                    Some(text),
+                    pictures.into_iter().map(|p| p.0).collect(),
+                )
             }
         };
         if ids.is_empty() {
@@ -69,7 +75,12 @@ impl Prompt {
         Prompt::place(model, ids, text, pictures)
     }
 
-    fn place(model: &Model, ids: Vec<u32>, text: Option<String>, pictures: Vec<Arc<Encodable>>) -> Result<Prompt> {
+    fn place(
+        model: &Model,
+        ids: Vec<u32>,
+        text: Option<String>,
+        pictures: Vec<Arc<Encodable>>,
+    ) -> Result<Prompt> {
         let Some(vision) = &model.vision else {
             let kinds = vec![TokenKind::Text; ids.len()];
             let visual = vec![None; ids.len()];
@@ -132,9 +143,11 @@ fn load_pictures(
                 (Arc::new(encodable(vision, pixels, &[image], false)?), Vec::new())
             }
             Part::Video { frames, seconds } => {
-                let images: Vec<Arc<Image>> = frames.iter().map(|f| f.load(&limits)).collect::<Result<_>>()?;
+                let images: Vec<Arc<Image>> =
+                    frames.iter().map(|f| f.load(&limits)).collect::<Result<_>>()?;
                 let plain: Vec<Image> = images.iter().map(|i| Image::clone(i)).collect();
-                let name = |source| Error::Picture { picture: format!("video of {} frames", frames.len()), source };
+                let name =
+                    |source| Error::Picture { picture: format!("video of {} frames", frames.len()), source };
                 let pixels = preprocess_video(&plain, &vision.videos).map_err(name)?;
                 if !seconds.is_empty() && seconds.len() != frames.len() {
                     let what = format!("a video of {} frames has {} seconds", frames.len(), seconds.len());
@@ -153,6 +166,8 @@ fn load_pictures(
 
 fn encodable(vision: &VisionModel, pixels: Pixels, images: &[Arc<Image>], video: bool) -> Result<Encodable> {
     let mut hash = Sha256::new();
+    // Pictures and frames of videos may be resized and normalised differently.
+    hash.update([u8::from(video)]);
     for size in pixels.grid {
         hash.update(size.to_le_bytes());
     }
@@ -180,8 +195,9 @@ fn render(
         variables: model.template_variables.clone(),
         ..RenderOptions::default()
     };
-    let rendered =
-        template.render(&messages, &settings).map_err(|source| Error::Text { what: "chat template", source })?;
+    let rendered = template
+        .render(&messages, &settings)
+        .map_err(|source| Error::Text { what: "chat template", source })?;
     let images: Vec<usize> = pictures.iter().filter(|(p, _)| !p.video).map(|(p, _)| p.tokens).collect();
     let videos: Vec<VideoFrames> = pictures
         .iter()

@@ -132,7 +132,13 @@ fn message(value: &Value, i: usize) -> Result<Message> {
                 parts.iter().enumerate().map(|(k, p)| part(p, &format!("{place}.content[{k}]"))).collect();
             Content::Parts(parts?)
         }
-        other => return Err(wrong(&format!("{place}.content"), "a string or a list of parts", other.unwrap_or(value))),
+        other => {
+            return Err(wrong(
+                &format!("{place}.content"),
+                "a string or a list of parts",
+                other.unwrap_or(value),
+            ));
+        }
     };
     Ok(Message { role, content })
 }
@@ -140,11 +146,14 @@ fn message(value: &Value, i: usize) -> Result<Message> {
 fn part(value: &Value, place: &str) -> Result<Part> {
     let kind = string(value.get("type"), &format!("{place}.type"), value)?;
     // A URL stands alone or in an object with `url`.
-    let url = |v: &Value| string(Some(v.get("url").unwrap_or(v)), &format!("{place}.{kind}"), value).and_then(Picture::url);
+    let url = |v: &Value| {
+        string(Some(v.get("url").unwrap_or(v)), &format!("{place}.{kind}"), value).and_then(Picture::url)
+    };
     match kind {
         "text" => Ok(Part::Text(string(value.get("text"), &format!("{place}.text"), value)?.to_string())),
         "image_url" | "image" => {
-            let field = value.get(kind).ok_or_else(|| wrong(place, &format!("a part with `{kind}`"), value))?;
+            let field =
+                value.get(kind).ok_or_else(|| wrong(place, &format!("a part with `{kind}`"), value))?;
             Ok(Part::Image(url(field)?))
         }
         "video" => {
@@ -183,7 +192,9 @@ mod tests {
         let Request::Messages(m) = Request::from_json(json.as_bytes()).unwrap() else { panic!() };
         let Content::Parts(parts) = &m[1].content else { panic!() };
         assert!(matches!(&parts[0], Part::Image(p) if p.name() == "a.png"));
-        assert!(matches!(&parts[2], Part::Video { frames, seconds } if frames.len() == 2 && seconds == &[0, 1]));
+        assert!(
+            matches!(&parts[2], Part::Video { frames, seconds } if frames.len() == 2 && seconds == &[0, 1])
+        );
     }
 
     #[test]
@@ -194,9 +205,15 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_named_with_its_place() {
-        assert_eq!(error("[]"), "request: the top level must be an object with `messages` or `input_ids`, found []");
+        assert_eq!(
+            error("[]"),
+            "request: the top level must be an object with `messages` or `input_ids`, found []"
+        );
         assert!(error(r#"{"input_ids": [1, -2]}"#).contains("input_ids[1] must be a token id, found -2"));
-        assert!(error(r#"{"messages": [{"role": "user"}]}"#).contains("messages[0].content must be a string or a list"));
+        assert!(
+            error(r#"{"messages": [{"role": "user"}]}"#)
+                .contains("messages[0].content must be a string or a list")
+        );
         let http = r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y"}}]}]}"#;
         assert!(error(http).contains("found https://"));
         assert!(error(&"[".repeat(100_000)).contains("recursion limit"));

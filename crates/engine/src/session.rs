@@ -102,7 +102,8 @@ impl Session {
             self.engine.plan(prompt, options.max_new_tokens)?.check(inner.options.memory)?;
         }
         let stops: Vec<&str> = options.stop.iter().map(String::as_str).collect();
-        let stops = StopStrings::new(&stops).map_err(|source| Error::Text { what: "stop strings", source })?;
+        let stops =
+            StopStrings::new(&stops).map_err(|source| Error::Text { what: "stop strings", source })?;
         let sampler = Sampler::new(options.sampling.clone(), &prompt.ids)?;
         let reused = self.reusable_tokens(prompt);
         Ok(Generation {
@@ -112,25 +113,39 @@ impl Session {
             session: self,
             sampler,
             stops,
-            held: HeldText::default(),
+            text: Detokenizer::new(true),
             token_ids: Vec::new(),
             logits: None,
             finished: None,
+            failed: false,
             timings: Timings { prompt_tokens: 0, reused_tokens: reused, ..Timings::default() },
             context,
         })
     }
 
-    /// Logits of every token of `prompt` in one step, without touching the conversation: `[tokens, vocabulary]`.
+    /// Logits of every token of `prompt`, without touching the conversation: `[tokens, vocabulary]`. It runs in
+    /// steps of `prefill_chunk` tokens, so that its activations stay within the plan.
     ///
     /// # Errors
     /// As [`Session::generate`].
-    pub fn forward(&mut self, prompt: &Prompt) -> Result<Vec<f32>> {
+    pub fn forward(&self, prompt: &Prompt) -> Result<Vec<f32>> {
+        let inner = &self.engine.inner;
+        let (n, context) = (prompt.ids.len(), inner.model.context(&inner.options));
+        if n > context {
+            return Err(Error::Context { prompt: n, context });
+        }
         let mut fresh = Session::new(self.engine.clone());
-        let n = prompt.ids.len();
         let encoded = fresh.encode_from(prompt, 0, &GenerateOptions::default(), &mut Timings::default())?;
         fresh.reserve(n)?;
-        fresh.step(prompt, &encoded, 0..n, (0..n).collect())
+        let chunk = inner.options.prefill_chunk.max(1);
+        let mut logits = Vec::new();
+        let mut at = 0;
+        while at < n {
+            let end = at.saturating_add(chunk).min(n);
+            logits.extend(fresh.step(prompt, &encoded, at..end, (0..end - at).collect())?);
+            at = end;
+        }
+        Ok(logits)
     }
 
     fn reserve(&mut self, tokens: usize) -> Result<()> {
@@ -333,37 +348,6 @@ pub struct Piece {
     pub text: String,
 }
 
-/// Bytes of a character that is not whole yet, between the calls of a [`Detokenizer`].
-#[derive(Default)]
-struct HeldText {
-    ids: Vec<u32>,
-}
-
-impl HeldText {
-    /// Text that is certain after one more token. Only the tokens of an unfinished character are kept, so the
-    /// work does not grow with the answer.
-    fn push(&mut self, engine: &Engine, id: u32) -> String {
-        self.ids.push(id);
-        let mut stream = Detokenizer::new(&engine.inner.model.tokenizer, true);
-        let mut text = String::new();
-        for &id in &self.ids {
-            text.push_str(&stream.push(id).unwrap_or_default());
-        }
-        if stream.finish().is_none() {
-            self.ids.clear();
-            return text;
-        }
-        // Something is pending: release what is whole only when its last token is whole as well.
-        String::new()
-    }
-
-    fn finish(&mut self, engine: &Engine) -> String {
-        let text = engine.inner.model.tokenizer.decode(&self.ids, true);
-        self.ids.clear();
-        text
-    }
-}
-
 /// An answer in progress: a blocking iterator of pieces. Dropping it stops the work; the conversation keeps what
 /// was computed.
 pub struct Generation<'s> {
@@ -373,10 +357,12 @@ pub struct Generation<'s> {
     options: GenerateOptions,
     sampler: Sampler,
     stops: StopStrings,
-    held: HeldText,
+    text: Detokenizer,
     token_ids: Vec<u32>,
     logits: Option<Vec<f32>>,
     finished: Option<FinishReason>,
+    /// Whether an error ended the answer.
+    failed: bool,
     timings: Timings,
     context: usize,
 }
@@ -425,7 +411,7 @@ impl Generation<'_> {
                 return Err(Error::Cancelled);
             }
             self.engine.inner.options.report("read prompt", at - from, n - from);
-            let end = (at + chunk).min(n);
+            let end = at.saturating_add(chunk).min(n);
             let rows = if end == n { vec![end - at - 1] } else { Vec::new() };
             let logits = self.session.step(&self.prompt, &encoded, at..end, rows)?;
             if end == n {
@@ -442,7 +428,8 @@ impl Generation<'_> {
     /// Runs the token that was chosen last.
     fn decode(&mut self, id: u32) -> Result<Vec<f32>> {
         let index = self.session.cached.len();
-        let position = i32::try_from(index).map_err(|_| pocketglm_glm::Error::TooLong)? + self.prompt.positions.rope_delta;
+        let position = i32::try_from(index).map_err(|_| pocketglm_glm::Error::TooLong)?
+            + self.prompt.positions.rope_delta;
         let entry = Entry { id, position: [position; 3], picture: None };
         self.session.run(&[id as i32], &[position; 3], &[], &[], &[0], vec![entry])
     }
@@ -474,7 +461,7 @@ impl Generation<'_> {
         if !self.options.ignore_eos && self.engine.inner.model.eos.contains(&id) {
             return Ok(self.end(FinishReason::Eos));
         }
-        let text = self.held.push(&self.engine, id);
+        let text = self.text.push(&self.engine.inner.model.tokenizer, id).unwrap_or_default();
         let text = match self.stops.push(&text) {
             Ok(text) => text,
             Err(stopped) => {
@@ -494,7 +481,7 @@ impl Generation<'_> {
     /// Ends the answer with the text that was held back.
     fn end(&mut self, reason: FinishReason) -> Piece {
         self.finished = Some(reason);
-        let rest = self.held.finish(&self.engine);
+        let rest = self.text.finish().unwrap_or_default();
         match self.stops.push(&rest) {
             Ok(text) => Piece { text: text + &self.stops.finish() },
             Err(stopped) => {
@@ -509,7 +496,7 @@ impl Iterator for Generation<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Result<Piece>> {
-        if self.finished.is_some() {
+        if self.finished.is_some() || self.failed {
             return None;
         }
         let piece = self.advance();
@@ -518,7 +505,7 @@ impl Iterator for Generation<'_> {
                 self.finished = Some(FinishReason::Cancelled);
                 return None;
             }
-            Err(_) => self.finished = Some(FinishReason::Cancelled),
+            Err(_) => self.failed = true,
             Ok(_) => {}
         }
         Some(piece)

@@ -80,10 +80,15 @@ impl Engine {
                 embeds.extend_from_slice(e);
             }
             if !grids.is_empty() {
-                let patches: usize = grids.as_chunks::<3>().0.iter().map(|g| g.iter().product::<i64>() as usize).sum();
-                tensors.push((pixels_name.into(), Tensor::from_f32(&[patches, pixels.len() / patches.max(1)], &pixels)?));
+                let patches: usize =
+                    grids.as_chunks::<3>().0.iter().map(|g| g.iter().product::<i64>() as usize).sum();
+                tensors.push((
+                    pixels_name.into(),
+                    Tensor::from_f32(&[patches, pixels.len() / patches.max(1)], &pixels)?,
+                ));
                 tensors.push((grid_name.into(), Tensor::from_i64(&[grids.len() / 3, 3], &grids)?));
-                tensors.push((embeds_name.into(), Tensor::from_f32(&[embeds.len() / width, width], &embeds)?));
+                tensors
+                    .push((embeds_name.into(), Tensor::from_f32(&[embeds.len() / width, width], &embeds)?));
             }
         }
         let (mut at, mut rows) = (Vec::new(), Vec::new());

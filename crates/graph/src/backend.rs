@@ -59,6 +59,9 @@ pub trait Program: Send + Sync {
 pub struct ProgramMemory {
     /// Weights used as the checkpoint stores them (mapped where they come from a file).
     pub weights: u64,
+    /// Of tables that are read by row: the whole tables, of which only the rows asked for come into memory. Not
+    /// part of the total.
+    pub gathered: u64,
     /// Weights held in another form: widened vectors, load-time results.
     pub converted: u64,
     /// States, such as KV caches.
@@ -70,7 +73,7 @@ pub struct ProgramMemory {
 }
 
 impl ProgramMemory {
-    /// The sum.
+    /// The sum of what is in memory in full.
     pub fn total(&self) -> u64 {
         self.weights + self.converted + self.states + self.activations + self.scratch
     }

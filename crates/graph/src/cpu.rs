@@ -80,13 +80,7 @@ const PLANS: usize = 4;
 
 impl CpuProgram {
     fn new(cpu: Arc<Cpu>, graph: Graph, weights: &dyn WeightSource) -> Result<CpuProgram> {
-        let mut stored = vec![true; graph.nodes.len()];
-        for node in &graph.nodes {
-            for (i, v) in node.inputs.iter().enumerate() {
-                let matrix = graph.meta(*v).shape.len() == 2;
-                stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
-            }
-        }
+        let stored = stored_as_they_are(&graph);
         let states = graph.nodes.iter().enumerate().filter_map(|(i, n)| match &n.op {
             Op::State(s) => Some((i, s.name.clone())),
             _ => None,
@@ -169,6 +163,18 @@ impl CpuProgram {
     }
 }
 
+/// For each node whether it is a matrix that every user takes in the type in which it is stored.
+fn stored_as_they_are(graph: &Graph) -> Vec<bool> {
+    let mut stored = vec![true; graph.nodes.len()];
+    for node in &graph.nodes {
+        for (i, v) in node.inputs.iter().enumerate() {
+            let matrix = graph.meta(*v).shape.len() == 2;
+            stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
+        }
+    }
+    stored
+}
+
 /// The names that shapes and views of a graph depend on. What only ops depend on, such as the number of keys of
 /// a fused attention, is not among them, so a decode step finds the plan of the last one.
 fn symbols(graph: &Graph) -> Vec<&'static str> {
@@ -214,17 +220,7 @@ impl Program for CpuProgram {
     }
 
     fn memory(&self, bindings: &Bindings) -> Result<ProgramMemory> {
-        let plan = Plan::new(&self.graph, bindings)?;
-        let mut memory = memory_of(&self.graph, &plan, &self.cpu)?;
-        (memory.weights, memory.converted) = (0, 0);
-        for held in self.held.iter().flatten() {
-            match held {
-                Held::Stored(t) => memory.weights += t.bytes().len() as u64,
-                Held::Values(v) => memory.converted += v.len() as u64 * 4,
-                Held::Nothing => {}
-            }
-        }
-        Ok(memory)
+        plan_memory(&self.graph, bindings, &self.cpu)
     }
 
     fn new_state(&self, bindings: &Bindings) -> Result<ProgramState> {
@@ -448,16 +444,17 @@ pub fn plan_memory(graph: &Graph, bindings: &Bindings, cpu: &Cpu) -> Result<Prog
 
 fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
     let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
-    let mut stored = vec![true; graph.nodes.len()];
+    let stored = stored_as_they_are(graph);
+    let mut by_row = vec![true; graph.nodes.len()];
     for node in &graph.nodes {
-        for (i, v) in node.inputs.iter().enumerate() {
-            let matrix = graph.meta(*v).shape.len() == 2;
-            stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
+        for v in &node.inputs {
+            by_row[v.node()] &= matches!(node.op, Op::GatherRows(_));
         }
     }
     for (i, node) in graph.nodes.iter().enumerate() {
         let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();
         match &node.op {
+            Op::Weight(w) if stored[i] && by_row[i] => memory.gathered += elements * w.dtype.size() as u64,
             Op::Weight(w) if stored[i] => memory.weights += elements * w.dtype.size() as u64,
             Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
             Op::State(_) => memory.states += elements * 4,

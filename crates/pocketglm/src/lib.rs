@@ -30,7 +30,8 @@ mod model;
 
 pub use model::{Chat, Model, Prompt};
 pub use pocketglm_engine::{
-    Cancel, Content, ContentFormat, DType, DevicePoint, Engine, EngineOptions, Error, FinishReason, GenerateOptions,
-    Generation, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part, Picture, Piece, Progress, ProgressFn,
-    Prompt as PreparedPrompt, ReadMode, Request, Result, Sampling, Session, Tensor, Timings, Trace, to_device_pixels,
+    Cancel, Content, ContentFormat, DType, DevicePoint, Engine, EngineOptions, Error, FinishReason,
+    GenerateOptions, Generation, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part, Picture, Piece,
+    Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Request, Result, Sampling, Session, Tensor,
+    Timings, Trace, to_device_pixels,
 };

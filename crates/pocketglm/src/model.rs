@@ -29,7 +29,8 @@ impl Model {
 
     /// A new conversation, with the sampling that the checkpoint recommends.
     pub fn chat(&self) -> Chat {
-        let options = GenerateOptions { sampling: self.engine.default_sampling(), ..GenerateOptions::default() };
+        let options =
+            GenerateOptions { sampling: self.engine.default_sampling(), ..GenerateOptions::default() };
         Chat { session: self.engine.session(), options, messages: Vec::new() }
     }
 
@@ -110,18 +111,23 @@ impl Chat {
     /// # Errors
     /// Pictures that cannot be read, prompts beyond the context, settings outside their ranges.
     pub fn answer(&mut self, prompt: &Prompt) -> Result<Generation<'_>> {
-        let added = prompt.messages(self.messages.is_empty());
-        self.messages.extend(added);
+        let before = self.messages.len();
+        self.messages.extend(prompt.messages(before == 0));
         let request = Request::Messages(self.messages.clone());
-        let prepared = match self.session.engine().prompt(&request) {
-            Ok(prepared) => prepared,
-            Err(e) => {
-                // A turn that could not begin is not part of the conversation.
-                self.messages.pop();
-                return Err(e);
-            }
+        let started = match self.session.engine().prompt(&request) {
+            Ok(prepared) => self.session.generate(&prepared, &self.options),
+            Err(e) => Err(e),
         };
-        self.session.generate(&prepared, &self.options)
+        if started.is_err() {
+            // A turn that could not begin is not part of the conversation, its system message included.
+            self.messages.truncate(before);
+        }
+        started
+    }
+
+    /// Takes the last message back, for a turn whose answer failed on the way.
+    pub fn take_back(&mut self) {
+        self.messages.pop();
     }
 
     /// Adds the model's own words to the conversation.

@@ -102,8 +102,9 @@ mod tests {
     #[test]
     fn misaligned_bytes_are_refused_until_copied() {
         let all = Bytes::from(vec![0u8; 64]);
-        let odd =
-            (0..2).map(|i| all.slice(i..i + 8).unwrap()).find(|b| !b.as_slice().as_ptr().addr().is_multiple_of(4));
+        let odd = (0..2)
+            .map(|i| all.slice(i..i + 8).unwrap())
+            .find(|b| !b.as_slice().as_ptr().addr().is_multiple_of(4));
         let tensor = Tensor::new(DType::F32, &[2], odd.unwrap()).unwrap();
         assert!(matches!(Weight::of(&tensor), Err(Error::Value { .. })));
         assert!(Weight::of(&tensor.aligned().unwrap()).is_ok());

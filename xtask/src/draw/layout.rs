@@ -14,24 +14,27 @@ const LANE: f64 = 10.0;
 /// Sweeps in search of an order with few crossings.
 const SWEEPS: usize = 24;
 
+/// x and y, or width and height.
+pub type Point = (f64, f64);
+
 /// A drawing without its ink.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     /// Centre of each box.
-    pub centres: Vec<(f64, f64)>,
+    pub centres: Vec<Point>,
     /// Lines between neighbouring ranks, and straight ones through a rank.
     pub lines: Vec<Line>,
     /// Size of the whole.
-    pub size: (f64, f64),
+    pub size: Point,
 }
 
 /// One piece of an arrow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Line {
     /// Where it begins.
-    pub from: (f64, f64),
+    pub from: Point,
     /// Where it ends, below.
-    pub to: (f64, f64),
+    pub to: Point,
     /// Whether it ends at a box.
     pub head: bool,
 }
@@ -39,7 +42,7 @@ pub struct Line {
 impl Line {
     /// The point at `t` from 0 to 1 of the curve that is drawn: vertical at both ends.
     #[cfg(test)]
-    pub fn point(&self, t: f64) -> (f64, f64) {
+    pub fn point(&self, t: f64) -> Point {
         let ((x0, y0), (x1, y1)) = (self.from, self.to);
         let middle = (y0 + y1) / 2.0;
         let u = 1.0 - t;
@@ -63,7 +66,7 @@ struct Ranked {
 }
 
 /// Places boxes of the given sizes; arrows lead from lower to higher indices.
-pub fn layout(sizes: &[(f64, f64)], arrows: &[(usize, usize)]) -> Layout {
+pub fn layout(sizes: &[Point], arrows: &[(usize, usize)]) -> Layout {
     let mut graph = Ranked::new(sizes, arrows);
     graph.order_ranks();
     let x = graph.coordinates();
@@ -71,7 +74,7 @@ pub fn layout(sizes: &[(f64, f64)], arrows: &[(usize, usize)]) -> Layout {
 }
 
 impl Ranked {
-    fn new(sizes: &[(f64, f64)], arrows: &[(usize, usize)]) -> Ranked {
+    fn new(sizes: &[Point], arrows: &[(usize, usize)]) -> Ranked {
         let arrows: BTreeSet<(usize, usize)> = arrows.iter().copied().filter(|(a, b)| a < b).collect();
         let real = sizes.len();
         let mut rank = vec![0usize; real];
@@ -127,39 +130,46 @@ impl Ranked {
         self.rank.iter().max().map_or(0, |r| r + 1)
     }
 
-    /// Looks for an order with few crossings: each node goes to the mean place of its neighbours.
+    /// Looks for an order with few crossings: each node goes to the mean place of its neighbours. What comes out
+    /// depends on where it starts, so it starts from several orders.
     fn order_ranks(&mut self) {
-        let mut order = vec![Vec::new(); self.ranks()];
+        let mut natural = vec![Vec::new(); self.ranks()];
         for v in 0..self.rank.len() {
-            order[self.rank[v]].push(v);
+            natural[self.rank[v]].push(v);
         }
-        let mut best = (self.crossings(&order), order.clone());
-        for sweep in 0..SWEEPS {
-            let down = sweep % 2 == 0;
-            let ranks: Vec<usize> =
-                if down { (0..order.len()).collect() } else { (0..order.len()).rev().collect() };
-            for r in ranks {
-                let place = places(&order);
-                let mean = |v: usize| {
-                    let neighbours = if down { &self.above[v] } else { &self.below[v] };
-                    let sum: usize = neighbours.iter().map(|n| place[n]).sum();
-                    if neighbours.is_empty() {
-                        place[&v] as f64
-                    } else {
-                        sum as f64 / neighbours.len() as f64
-                    }
-                };
-                let mut keyed: Vec<(f64, usize)> = order[r].iter().map(|&v| (mean(v), v)).collect();
-                keyed.sort_by(|a, b| a.0.total_cmp(&b.0));
-                order[r] = keyed.into_iter().map(|(_, v)| v).collect();
-            }
-            self.exchange(&mut order);
-            let crossings = self.crossings(&order);
-            if crossings < best.0 {
-                best = (crossings, order.clone());
+        let mut starts = vec![natural.clone(), natural.clone(), natural.clone(), natural];
+        starts[1].iter_mut().for_each(|rank| rank.reverse());
+        starts[2].iter_mut().for_each(|rank| rank.sort_by_key(|&v| !self.is_lane(v)));
+        // Long arrows from the lowest box innermost, as brackets nest.
+        starts[3].iter_mut().for_each(|rank| rank.sort_by_key(|&v| (self.is_lane(v), usize::MAX - v)));
+        let mut best: Option<(usize, Vec<Vec<usize>>)> = None;
+        for mut order in starts {
+            for sweep in 0..SWEEPS {
+                self.sweep(&mut order, sweep % 2 == 0);
+                self.exchange(&mut order);
+                let crossings = self.crossings(&order);
+                if best.as_ref().is_none_or(|b| crossings < b.0) {
+                    best = Some((crossings, order.clone()));
+                }
             }
         }
-        self.order = best.1;
+        self.order = best.map(|b| b.1).unwrap_or_default();
+    }
+
+    fn sweep(&self, order: &mut [Vec<usize>], down: bool) {
+        let ranks: Vec<usize> =
+            if down { (0..order.len()).collect() } else { (0..order.len()).rev().collect() };
+        for r in ranks {
+            let place = places(order);
+            let mean = |v: usize| {
+                let neighbours = if down { &self.above[v] } else { &self.below[v] };
+                let sum: usize = neighbours.iter().map(|n| place[n]).sum();
+                if neighbours.is_empty() { place[&v] as f64 } else { sum as f64 / neighbours.len() as f64 }
+            };
+            let mut keyed: Vec<(f64, usize)> = order[r].iter().map(|&v| (mean(v), v)).collect();
+            keyed.sort_by(|a, b| a.0.total_cmp(&b.0));
+            order[r] = keyed.into_iter().map(|(_, v)| v).collect();
+        }
     }
 
     /// Exchanges neighbours wherever that removes a crossing.
@@ -170,16 +180,15 @@ impl Ranked {
                 for i in 1..order[r].len() {
                     let place = places(order);
                     let (u, v) = (order[r][i - 1], order[r][i]);
-                    let count = |a: usize, b: usize| {
-                        let pairs = |x: &[usize], y: &[usize]| {
-                            x.iter()
-                                .flat_map(|p| y.iter().map(move |q| (p, q)))
-                                .filter(|(p, q)| place[p] > place[q])
-                                .count()
+                    let cost = |a: usize, b: usize| {
+                        let side = |x: &[usize], y: &[usize]| -> usize {
+                            let pairs = x.iter().flat_map(|p| y.iter().map(move |q| (*p, *q)));
+                            let crossed = pairs.filter(|(p, q)| place[p] > place[q]);
+                            crossed.map(|(p, q)| self.weight(a, p) * self.weight(b, q)).sum()
                         };
-                        pairs(&self.above[a], &self.above[b]) + pairs(&self.below[a], &self.below[b])
+                        side(&self.above[a], &self.above[b]) + side(&self.below[a], &self.below[b])
                     };
-                    if count(v, u) < count(u, v) {
+                    if cost(v, u) < cost(u, v) {
                         order[r].swap(i - 1, i);
                         changed = true;
                     }
@@ -191,14 +200,23 @@ impl Ranked {
         }
     }
 
+    /// How much a crossing with this line counts: long arrows should cross others where they bend anyway.
+    fn weight(&self, a: usize, b: usize) -> usize {
+        if self.is_lane(a) && self.is_lane(b) { 4 } else { 1 }
+    }
+
+    /// The sum over all crossings, each with the weights of both lines.
     fn crossings(&self, order: &[Vec<usize>]) -> usize {
         let place = places(order);
         let mut count = 0;
         for rank in order {
-            let lines: Vec<(usize, usize)> =
-                rank.iter().flat_map(|a| self.below[*a].iter().map(|b| (place[a], place[b]))).collect();
-            for (i, (a, b)) in lines.iter().enumerate() {
-                count += lines[i + 1..].iter().filter(|(c, d)| (a < c && b > d) || (a > c && b < d)).count();
+            let lines: Vec<(usize, usize, usize)> = rank
+                .iter()
+                .flat_map(|a| self.below[*a].iter().map(|b| (place[a], place[b], self.weight(*a, *b))))
+                .collect();
+            for (i, (a, b, w)) in lines.iter().enumerate() {
+                let crossed = lines[i + 1..].iter().filter(|(c, d, _)| (a < c && b > d) || (a > c && b < d));
+                count += crossed.map(|(_, _, x)| w * x).sum::<usize>();
             }
         }
         count
@@ -221,16 +239,15 @@ impl Ranked {
         }
         let narrowest = results.iter().min_by(|a, b| (a.1 - a.0).total_cmp(&(b.1 - b.0)));
         let (low, high) = narrowest.map_or((0.0, 0.0), |r| (r.0, r.1));
-        (0..self.rank.len())
-            .map(|v| {
-                let mut x: Vec<f64> = results
-                    .iter()
-                    .map(|(l, h, left, x)| x[v] + if *left { low - l } else { high - h } - low)
-                    .collect();
-                x.sort_by(f64::total_cmp);
-                (x[1] + x[2]) / 2.0
-            })
-            .collect()
+        let middle = |v: usize| {
+            let shifted = results.iter().map(|(l, h, left, x)| x[v] + if *left { low - l } else { high - h });
+            let mut x: Vec<f64> = shifted.collect();
+            x.sort_by(f64::total_cmp);
+            (x[1] + x[2]) / 2.0
+        };
+        let x: Vec<f64> = (0..self.rank.len()).map(middle).collect();
+        let left = (0..x.len()).map(|v| x[v] - self.width[v] / 2.0).fold(f64::INFINITY, f64::min);
+        x.into_iter().map(|x| x - left).collect()
     }
 
     /// One of four placements: aligned with neighbours above or below, as far to one side as possible.
@@ -340,7 +357,7 @@ impl Ranked {
         forbidden
     }
 
-    fn draw(&self, sizes: &[(f64, f64)], x: &[f64]) -> Layout {
+    fn draw(&self, sizes: &[Point], x: &[f64]) -> Layout {
         let height = |v: usize| sizes.get(v).map_or(0.0, |s| s.1);
         let mut bands = Vec::new();
         let mut y = 0.0;
@@ -396,10 +413,10 @@ fn places(order: &[Vec<usize>]) -> BTreeMap<usize, usize> {
 mod tests {
     use super::*;
 
-    const BOX: (f64, f64) = (100.0, 40.0);
+    const BOX: Point = (100.0, 40.0);
 
     /// A residual block: a chain, an arrow around it, and three branches inside.
-    fn block() -> (Vec<(f64, f64)>, Vec<(usize, usize)>) {
+    fn block() -> (Vec<Point>, Vec<(usize, usize)>) {
         let arrows =
             [(0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (3, 6), (5, 7), (6, 7), (7, 8), (4, 8), (8, 9), (0, 9)];
         (vec![BOX; 10], arrows.to_vec())

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::layout::{Layout, Line, layout};
+use super::layout::{Layout, Line, Point, layout};
 use super::{Family, Shape, Sketch};
 
 const MARGIN: f64 = 32.0;
@@ -13,7 +13,7 @@ const LINE_SIZE: f64 = 11.5;
 const LINE_HEIGHT: f64 = 15.0;
 const PADDING: f64 = 11.0;
 /// Room between a frame and its boxes.
-const FRAME: f64 = 16.0;
+const FRAME: f64 = 14.0;
 const FONT: &str = "DejaVu Sans, Verdana, sans-serif";
 /// Widest advance of the common letters of the font, as parts of its size; a heavy one is wider.
 const ADVANCE: f64 = 0.61;
@@ -45,7 +45,7 @@ pub fn text_width(text: &str, size: f64, heavy: bool) -> f64 {
 }
 
 /// Width and height of a box that its text fits in.
-pub fn box_size(shape: &Shape) -> (f64, f64) {
+pub fn box_size(shape: &Shape) -> Point {
     let lines = shape.lines.iter().map(|l| text_width(l, LINE_SIZE, false));
     let width = lines.fold(text_width(&shape.title, TITLE_SIZE, true), f64::max);
     (width.max(56.0) + 2.0 * PADDING, 22.0 + shape.lines.len() as f64 * LINE_HEIGHT + 6.0)
@@ -76,11 +76,11 @@ struct Ink(String);
 impl Ink {
     fn put(&mut self, text: std::fmt::Arguments<'_>) {
         // Writing to a string cannot fail.
-        drop(self.0.write_fmt(text));
+        let _ = self.0.write_fmt(text);
         self.0.push('\n');
     }
 
-    fn text(&mut self, (x, y): (f64, f64), size: f64, anchor: &str, heavy: bool, colour: &str, text: &str) {
+    fn text(&mut self, (x, y): Point, size: f64, anchor: &str, heavy: bool, colour: &str, text: &str) {
         let weight = if heavy { " font-weight=\"bold\"" } else { "" };
         let text = escape(text);
         self.put(format_args!(
@@ -95,7 +95,7 @@ pub fn page(title: &str, subtitle: &str, columns: &[Column]) -> String {
     let drawn: Vec<(Layout, f64)> = columns
         .iter()
         .map(|c| {
-            let sizes: Vec<(f64, f64)> = c.sketch.boxes.iter().map(box_size).collect();
+            let sizes: Vec<Point> = c.sketch.boxes.iter().map(box_size).collect();
             let drawing = layout(&sizes, &c.sketch.arrows);
             let tables = c.tables.iter().map(|(_, rows)| column_widths(rows).iter().sum::<f64>());
             let heading = text_width(&c.title, 17.0, true).max(text_width(&c.subtitle, 12.0, false));
@@ -167,26 +167,24 @@ fn legend(body: &mut Ink, families: &[Family], width: f64) -> f64 {
 }
 
 fn sketch(body: &mut Ink, sketch: &Sketch, drawing: &Layout) {
-    let placed: Vec<(&Shape, (f64, f64), (f64, f64))> =
+    let placed: Vec<(&Shape, Point, Point)> =
         sketch.boxes.iter().zip(&drawing.centres).map(|(b, c)| (b, *c, box_size(b))).collect();
     if let Some(title) = &sketch.frame {
         let framed = || placed.iter().filter(|(b, ..)| b.framed);
-        let low = |f: &dyn Fn(&(f64, f64), &(f64, f64)) -> f64| {
-            framed().map(|(_, c, s)| f(c, s)).fold(f64::INFINITY, f64::min)
-        };
-        let (left, top) = (low(&|c, s| c.0 - s.0 / 2.0) - FRAME, low(&|c, s| c.1 - s.1 / 2.0) - FRAME + 2.0);
-        let (right, bottom) =
-            (-low(&|c, s| -c.0 - s.0 / 2.0) + FRAME, -low(&|c, s| -c.1 - s.1 / 2.0) + FRAME - 2.0);
+        let low =
+            |f: fn(&Point, &Point) -> f64| framed().map(|(_, c, s)| f(c, s)).fold(f64::INFINITY, f64::min);
+        let (left, top) = (low(|c, s| c.0 - s.0 / 2.0) - FRAME, low(|c, s| c.1 - s.1 / 2.0) - FRAME);
+        let (right, bottom) = (-low(|c, s| -c.0 - s.0 / 2.0) + FRAME, -low(|c, s| -c.1 - s.1 / 2.0) + FRAME);
         if left.is_finite() && top.is_finite() {
             body.put(format_args!(
                 "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\" rx=\"12\" fill=\"#f8fafc\" stroke=\"#cbd5e1\" stroke-dasharray=\"5 4\"/>",
                 right - left,
                 bottom - top
             ));
-            let (x, y) = (left + 5.0, top + 12.0);
+            // The white border keeps the words readable where an arrow passes behind them.
+            let (x, y, title) = (left + 8.0, top - 4.0, escape(title));
             body.put(format_args!(
-                "<text transform=\"translate({x:.1},{y:.1}) rotate(90)\" font-size=\"11.5\" fill=\"#94a3b8\">{}</text>",
-                escape(title)
+                "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"11.5\" fill=\"#64748b\" stroke=\"#ffffff\" stroke-width=\"4\" paint-order=\"stroke\">{title}</text>"
             ));
         }
     }
@@ -212,7 +210,7 @@ fn arrow(body: &mut Ink, line: &Line) {
     ));
 }
 
-fn draw_box(body: &mut Ink, shape: &Shape, (x, y): (f64, f64), (w, h): (f64, f64)) {
+fn draw_box(body: &mut Ink, shape: &Shape, (x, y): Point, (w, h): Point) {
     let (fill, border) = shape.family.colours();
     let radius = if shape.family == Family::Data { h / 2.0 } else { 7.0 };
     body.put(format_args!("<g><title>{}</title>", escape(&shape.hint)));
@@ -246,7 +244,7 @@ fn column_widths(rows: &[Vec<String>]) -> Vec<f64> {
 }
 
 /// Gives where it ends.
-fn table(body: &mut Ink, (left, top): (f64, f64), heading: &str, rows: &[Vec<String>]) -> f64 {
+fn table(body: &mut Ink, (left, top): Point, heading: &str, rows: &[Vec<String>]) -> f64 {
     body.text((left, top), 13.5, "start", true, "#0f172a", heading);
     let widths = column_widths(rows);
     let mut y = top + 8.0;

@@ -128,7 +128,13 @@ fn shape(graph: &Graph, i: usize) -> Shape {
     lines.push(results.iter().map(|m| dims(&m.shape)).collect::<Vec<_>>().join(" "));
     let hint =
         format!("{} in {}", node.op.name(), if node.scope.is_empty() { "the graph" } else { &node.scope });
-    Shape { title, lines, hint, family: family(&node.op), framed: layer(node) == Some(0) }
+    Shape {
+        title,
+        lines,
+        hint,
+        family: family(&node.op),
+        framed: layer(node) == Some(0) && !node.op.is_source(),
+    }
 }
 
 /// The names of the weights that a node uses, in lines of bearable length.
@@ -195,6 +201,8 @@ mod tests {
     use pocketglm_tensor::DType;
 
     use super::*;
+    use crate::draw::layout::layout;
+    use crate::draw::svg::box_size;
     use crate::model::Model;
     use crate::repo;
 
@@ -208,6 +216,19 @@ mod tests {
                 assert!(sketch.arrows.iter().any(|(a, b)| *a == i || *b == i), "{:?}", sketch.boxes[i]);
             }
             assert_eq!(sketch.boxes.iter().filter(|b| b.family == Family::Folded).count(), 1);
+            let sizes: Vec<(f64, f64)> = sketch.boxes.iter().map(box_size).collect();
+            let drawing = layout(&sizes, &sketch.arrows);
+            for (c, s) in drawing.centres.iter().zip(&sizes) {
+                assert!(
+                    c.0 - s.0 / 2.0 > -1e-6 && c.0 + s.0 / 2.0 < drawing.size.0 + 1e-6,
+                    "outside of the page"
+                );
+                for (x, y) in drawing.lines.iter().flat_map(|l| (1..20).map(|i| l.point(f64::from(i) / 20.0)))
+                {
+                    let inside = (x - c.0).abs() < s.0 / 2.0 && (y - c.1).abs() < s.1 / 2.0 - 1e-6;
+                    assert!(!inside, "an arrow crosses a box");
+                }
+            }
         }
     }
 

@@ -76,8 +76,8 @@ fn decoded_text_of_all_golden_ids_equals_the_reference_also_when_streamed() {
         let skipped = skipped.unwrap_or_else(|| full.clone());
         for (skip, expected) in [(false, &full), (true, &skipped)] {
             assert_eq!(&tokenizer.decode(&ids, skip), expected, "{ids:?}");
-            let mut stream = Detokenizer::new(&tokenizer, skip);
-            let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
+            let mut stream = Detokenizer::new(skip);
+            let mut text: String = ids.iter().filter_map(|&id| stream.push(&tokenizer, id)).collect();
             text.extend(stream.finish());
             assert_eq!(&text, expected, "{ids:?}");
         }

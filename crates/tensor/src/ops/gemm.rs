@@ -11,9 +11,9 @@ use crate::{Cpu, Result};
 
 /// Columns of one task.
 pub(crate) const CHUNK: usize = 128;
-/// Steps of `k` between two uses of the same sums: a packed tile of rows (14 x 512 floats) stays in the first-level
-/// cache, a packed chunk (512 x 128) in the second.
-const KC: usize = 512;
+/// Steps of `k` between two uses of the same sums: a panel (128 x 32 floats) stays in the first-level cache with a
+/// packed tile of rows; a packed chunk, the rows and the sums of a block stay in the second.
+const KC: usize = 128;
 /// Floats of packed `x`: beyond it, rows are worked on in several blocks.
 const PACKED_FLOATS: usize = 2 << 20;
 /// Most rows of one block.
@@ -118,15 +118,13 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
     for first_row in (0..m).step_by(rows) {
         let rows = rows.min(m - first_row);
         let tiles = Tiles::new(rows, isa.width());
-        #[cfg(test)] let t0 = std::time::Instant::now();
         cpu.parallel(tiles.count, &|t| {
             let start = tiles.start(t);
             let mr = tiles.start(t + 1) - start;
             let src = x[(first_row + start) * x_stride..].as_ptr();
             // SAFETY: the caller checked `x`; the packed tiles lie one after the other in `packed`.
-            unsafe { pack_rows(src, x_stride, mr, k, 1.0, packed.at(start * k)) };
+            unsafe { pack_rows(src, x_stride, mr, k, packed.at(start * k)) };
         });
-        #[cfg(test)] { T[3].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
         cpu.parallel_slots(chunks, &|slot, chunk| {
             let column = chunk * CHUNK;
             let count = CHUNK.min(n - column).div_ceil(nr);
@@ -135,7 +133,6 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
             let mut k0 = 0;
             loop {
                 let kc = KC.min(k - k0);
-                #[cfg(test)] let t0 = std::time::Instant::now();
                 isa.run(Pack { panels, column, count, k0, kc, dst: b });
                 let (next_column, next_k) = if k0 + kc < k { (column, k0 + kc) } else { (column + CHUNK, 0) };
                 let (next, next_rows, next_stride, next_bytes) = if next_column < n {
@@ -143,8 +140,6 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
                 } else {
                     (std::ptr::null(), 0, 0, 0)
                 };
-                #[cfg(test)] { T[0].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
- #[cfg(test)] let t0 = std::time::Instant::now();
                 isa.run(&Block {
                     a: packed.at(0),
                     a_k: k,
@@ -161,7 +156,6 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
                     next_stride,
                     next_bytes,
                 });
-                #[cfg(test)] { T[1].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
                 k0 += kc;
                 if k0 >= k {
                     break;
@@ -169,13 +163,8 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
             }
             // SAFETY: this slot's sums, written above as far as columns exist.
             let sums = unsafe { rest.slice(slot * share + KC.min(k) * CHUNK..slot * share + share) };
-            #[cfg(test)] let t0 = std::time::Instant::now();
             isa.run(FinishRows { finish, first_row, column, sums: &sums[..rows * CHUNK], chunk: CHUNK });
-            #[cfg(test)] { T[2].fetch_add(t0.elapsed().as_nanos() as u64, std::sync::atomic::Ordering::Relaxed); }
         });
     }
     Ok(())
 }
-
-#[cfg(test)]
-pub(crate) static T: [std::sync::atomic::AtomicU64; 4] = [const { std::sync::atomic::AtomicU64::new(0) }; 4];

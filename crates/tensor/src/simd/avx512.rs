@@ -194,6 +194,12 @@ impl Simd for Avx512 {
         // SAFETY: a prefetch of any address is harmless.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
+
+    #[inline(always)]
+    fn prefetch_near(self, p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
 }
 
 /// Rows to columns: pairs of lanes, then quarters, then halves of the vectors change places.

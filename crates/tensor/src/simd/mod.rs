@@ -223,6 +223,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line at `p`, which may be any address, into the second-level cache.
     fn prefetch(self, p: *const u8);
+
+    /// The same into the first-level cache.
+    fn prefetch_near(self, p: *const u8);
 }
 
 /// A stored element type that widens to f32.
@@ -246,7 +249,13 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// # Safety
     /// Those elements are readable and writable.
     #[inline(always)]
-    unsafe fn transpose_wide<S: Simd>(s: S, src: *const Self, stride: usize, dst: *mut f32, dst_stride: usize) {
+    unsafe fn transpose_wide<S: Simd>(
+        s: S,
+        src: *const Self,
+        stride: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
         // SAFETY: the caller's promise, for both halves of the columns.
         unsafe {
             s.transpose(src, stride, dst, dst_stride);
@@ -293,7 +302,13 @@ impl Element for bf16 {
         unsafe { s.load_bf16(p) }
     }
     #[inline(always)]
-    unsafe fn transpose_wide<S: Simd>(s: S, src: *const bf16, stride: usize, dst: *mut f32, dst_stride: usize) {
+    unsafe fn transpose_wide<S: Simd>(
+        s: S,
+        src: *const bf16,
+        stride: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
         // SAFETY: the caller's promise.
         unsafe { s.transpose_bf16(src, stride, dst, dst_stride) }
     }

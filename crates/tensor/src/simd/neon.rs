@@ -196,4 +196,7 @@ impl Simd for Neon {
     fn prefetch(self, _: *const u8) {
         // The prefetch intrinsic is not stable on aarch64; its hardware prefetchers follow the streams.
     }
+
+    #[inline(always)]
+    fn prefetch_near(self, _: *const u8) {}
 }

@@ -7,13 +7,13 @@
 //! cuts are depends on the shape only, so the result does not depend on the number of threads.
 
 use super::{Attention, Mask};
-use crate::ops::tile::{Ahead, PACKED, Tile, Tiles, panel_columns, tile_rows};
+use crate::ops::tile::{Ahead, Lines, PACKED, Tile, Tiles, panel_columns, tile_rows};
 use crate::ops::{GRAIN, SharedMut};
 use crate::simd::{Kernel, Simd, math};
 use crate::{Cpu, Result};
 
 /// Keys of one block.
-const BK: usize = 128;
+const BK: usize = 256;
 /// Tiles of one block of rows.
 const TILES: usize = 16;
 /// Fewer tasks than this are cut along the keys.
@@ -174,6 +174,7 @@ impl Kernel for Run<'_> {
         let sums = scores.wrapping_add(sizes.scores);
         let stats = sums.wrapping_add(sizes.out);
         let tiles = Tiles::new(task.rows, S::WIDTH);
+        let soon = |key: usize| Soon::new(a, task, key);
         let query_of = |r: usize| task.query + (task.row + r) / group;
         // The first key that row `r` does not see.
         let end_of = |r: usize| match a.mask {
@@ -199,11 +200,13 @@ impl Kernel for Run<'_> {
                 *stats.add(2 * r + 1) = 0.0;
             }
             let mut key = task.keys.start;
+            soon(key).all(s);
             let last = if task.rows == 0 { 0 } else { end_of(task.rows - 1) };
             while key < last {
                 let count = BK.min(task.keys.end - key);
                 pack_keys(s, a.k.as_ptr().add(key * a.k_stride + task.head * d), a.k_stride, count, d, k);
                 pack_values(s, a.v.as_ptr().add(key * a.v_stride + task.head * d), a.v_stride, count, d, v);
+                let soon = soon(key + count);
                 for t in 0..tiles.count {
                     let (start, end) = (tiles.start(t), tiles.start(t + 1));
                     let mr = end - start;
@@ -214,7 +217,9 @@ impl Kernel for Run<'_> {
                     }
                     for panel in 0..seen.div_ceil(nr) {
                         let (b, c) = (k.add(panel * nr * d), scores.add(panel * nr));
-                        let (a, ahead) = (q.add(start * d), Ahead::NONE);
+                        let panels = seen.div_ceil(nr);
+                        let (a, ahead) =
+                            (q.add(start * d), soon.part(t * panels + panel, tiles.count * panels));
                         s.tile::<PACKED>(Tile { mr, k: d, a, b, c, c_stride: BK, first: true, ahead });
                     }
                     for r in 0..mr {
@@ -230,7 +235,7 @@ impl Kernel for Run<'_> {
                     }
                     for panel in 0..padded / nr {
                         let (b, c) = (v.add(panel * nr * count), sums.add(start * padded + panel * nr));
-                        let (a, ahead) = (scores, Ahead::NONE);
+                        let (a, ahead) = (scores, Ahead::none());
                         s.tile::<BK>(Tile { mr, k: seen, a, b, c, c_stride: padded, first: false, ahead });
                     }
                 }
@@ -250,6 +255,48 @@ impl Kernel for Run<'_> {
                     divide(s, row, if saw { sum } else { 1.0 }, d, to);
                 }
             }
+        }
+    }
+}
+
+/// The next block of keys and values. Rows of one head are short pieces, far apart, which the hardware's prefetchers
+/// do not follow.
+struct Soon {
+    keys: Lines,
+    values: Lines,
+    rows: usize,
+}
+
+impl Soon {
+    #[inline(always)]
+    fn new(a: &Attention<'_>, task: &Task, key: usize) -> Soon {
+        let lines = a.d / 16;
+        let rows = if lines.is_power_of_two() { BK.min(task.keys.end.saturating_sub(key)) } else { 0 };
+        let shift = lines.max(1).trailing_zeros();
+        let at = |x: &[f32], stride: usize| {
+            let base = x.as_ptr().wrapping_add(key * stride + task.head * a.d).cast();
+            Lines { base, stride: stride * 4, shift }
+        };
+        Soon { keys: at(a.k, a.k_stride), values: at(a.v, a.v_stride), rows }
+    }
+
+    /// The share of call `call` of `calls`.
+    #[inline(always)]
+    fn part(&self, call: usize, calls: usize) -> Ahead {
+        let rows = self.rows.div_ceil(calls);
+        if call * rows >= self.rows {
+            return Ahead::none();
+        }
+        let from = |l: &Lines| Lines { base: l.base.wrapping_add(call * rows * l.stride), ..*l };
+        Ahead { both: [from(&self.keys), from(&self.values)], lines: rows << self.keys.shift }
+    }
+
+    /// Asks for everything at once.
+    #[inline(always)]
+    fn all<S: Simd>(&self, s: S) {
+        for line in 0..self.rows << self.keys.shift {
+            s.prefetch(self.keys.address(line));
+            s.prefetch(self.values.address(line));
         }
     }
 }
@@ -307,7 +354,7 @@ unsafe fn soften<S: Simd>(s: S, row: *mut f32, own: usize, seen: usize, state: *
             s.store(row.add(j), p);
             sum = s.add(sum, p);
         }
-        let scale = if before == max { 1.0 } else { (before - max).exp() };
+        let scale = if before == max { 1.0 } else { s.reduce_max(math::exp(s, s.splat(before - max))) };
         *state = max;
         *state.add(1) = *state.add(1) * scale + s.reduce_add(sum);
         scale

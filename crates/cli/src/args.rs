@@ -1,0 +1,285 @@
+//! Flags that mean the same in every command.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use pocketglm::{ContentFormat, Engine, EngineOptions, Error, GenerateOptions, Model, ReadMode};
+
+use crate::failure::Failure;
+use crate::output::complain;
+use crate::progress::Bars;
+
+/// Which checkpoint runs, and how.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Checkpoint folder: config.json, *.safetensors, tokenizer.json.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// What runs the model.
+    #[arg(long, value_enum, default_value_t = Backend::Cpu)]
+    pub backend: Backend,
+    /// Threads; 0 takes as many as the system offers.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Shrink pictures to at most this many pixels, counted as the checkpoint does: a still picture counts twice.
+    #[arg(long, value_name = "N")]
+    pub max_pixels: Option<u64>,
+    /// Most tokens of a conversation, prompt and answer.
+    #[arg(long, value_name = "N", default_value_t = EngineOptions::default().context, value_parser = positive)]
+    pub context: usize,
+    /// Most prompt tokens in one step; larger is faster and needs more memory.
+    #[arg(long, value_name = "N", default_value_t = EngineOptions::default().prefill_chunk, value_parser = positive)]
+    pub prefill_chunk: usize,
+    /// Refuse to run where the memory plan needs more, for example 6GiB, 800MB or a number of bytes.
+    #[arg(long, value_name = "BYTES", value_parser = byte_size)]
+    pub memory: Option<u64>,
+    /// How messages reach the chat template: as transformers gives them, or as one string, like servers do.
+    #[arg(long, value_enum, default_value_t = Format::Hf)]
+    pub content_format: Format,
+    /// Map the weights into memory, or read them.
+    #[arg(long, value_enum, default_value_t = Read::Map)]
+    pub read_mode: Read,
+    /// Run the graph as it was built, without fusing operations: for comparisons.
+    #[arg(long)]
+    pub no_fuse: bool,
+    /// Show no progress and no statistics.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+/// What runs the model.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// The processor.
+    Cpu,
+}
+
+/// How messages reach the chat template.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// As transformers does: lists of parts stay lists.
+    Hf,
+    /// As servers do: text parts are joined to a string behind the pictures.
+    String,
+}
+
+/// How weights get into memory.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// Mapped: read when they are first used, and shared with other processes.
+    Map,
+    /// Copied at the start.
+    Read,
+}
+
+impl ModelArgs {
+    /// The engine's options.
+    pub fn options(&self, bars: &Bars) -> EngineOptions {
+        // The only backend; a second one is chosen here.
+        let Backend::Cpu = self.backend;
+        EngineOptions {
+            threads: self.threads,
+            context: self.context,
+            prefill_chunk: self.prefill_chunk,
+            max_pixels: self.max_pixels,
+            memory: self.memory,
+            content_format: match self.content_format {
+                Format::Hf => ContentFormat::Hf,
+                Format::String => ContentFormat::String,
+            },
+            read_mode: match self.read_mode {
+                Read::Map => ReadMode::Map,
+                Read::Read => ReadMode::Read,
+            },
+            fuse: !self.no_fuse,
+            progress: bars.hook(),
+        }
+    }
+
+    /// Opens the checkpoint. A plan beyond `--memory` is an error that carries the plan.
+    pub fn open(&self, bars: &Bars) -> Result<Model, Failure> {
+        let opened = Model::open_with(&self.model, self.options(bars));
+        bars.clear();
+        match (opened, self.memory) {
+            (Err(Error::Budget { .. }), Some(budget)) => {
+                let (_, plan) = Engine::inspect(&self.model, &self.options(&Bars::new(true)), None)?;
+                Err(Failure::Budget { plan, budget, shown: false })
+            }
+            (opened, _) => Ok(opened?),
+        }
+    }
+}
+
+/// How tokens are chosen. What is not given comes from the checkpoint's `generation_config.json`.
+#[derive(Args, Clone, Debug, Default)]
+#[command(
+    next_help_heading = "Sampling (what is not given comes from the checkpoint's generation_config.json)"
+)]
+pub struct SamplingArgs {
+    /// Randomness; 0 always takes the most likely token.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Choose among the K most likely tokens; 0 takes all.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Choose among the most likely tokens whose probabilities reach this sum.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Choose among tokens at least this times as likely as the most likely one.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Makes tokens of prompt and answer less likely; 1 changes nothing.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted from a token's logit for each time it was generated.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Subtracted from the logit of every token that was generated.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Start of the random numbers: the same seed gives the same answer.
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
+    /// Text that ends the answer and is not part of it; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Most tokens of the answer.
+    #[arg(long, value_name = "N", default_value_t = GenerateOptions::default().max_new_tokens)]
+    pub max_new_tokens: usize,
+    /// Go on after an end-of-sequence token.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    /// What is given, over what the checkpoint recommends.
+    ///
+    /// # Errors
+    /// Settings outside their ranges, so that a mistake shows before any work.
+    pub fn options(&self, engine: &Engine) -> Result<GenerateOptions, Failure> {
+        let mut sampling = engine.default_sampling();
+        let set = |place: &mut f32, value: Option<f32>| *place = value.unwrap_or(*place);
+        set(&mut sampling.temperature, self.temperature);
+        set(&mut sampling.top_p, self.top_p);
+        set(&mut sampling.min_p, self.min_p);
+        set(&mut sampling.repetition_penalty, self.repetition_penalty);
+        set(&mut sampling.frequency_penalty, self.frequency_penalty);
+        set(&mut sampling.presence_penalty, self.presence_penalty);
+        sampling.top_k = self.top_k.unwrap_or(sampling.top_k);
+        sampling.seed = self.seed.unwrap_or(sampling.seed);
+        sampling.validate().map_err(Error::from)?;
+        Ok(GenerateOptions {
+            sampling,
+            max_new_tokens: self.max_new_tokens,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+            ..GenerateOptions::default()
+        })
+    }
+
+    /// Says so where a setting has no effect because the choice is greedy.
+    pub fn warn(&self, options: &GenerateOptions) {
+        let flags = [
+            ("--top-k", self.top_k.is_some()),
+            ("--top-p", self.top_p.is_some()),
+            ("--min-p", self.min_p.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        if options.sampling.temperature == 0.0
+            && let Some((flag, _)) = flags.iter().find(|(_, given)| *given)
+        {
+            complain(&format!("note: {flag} has no effect at temperature 0; give --temperature as well"));
+        }
+    }
+}
+
+/// A count of at least 1.
+pub fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(n) => Ok(n),
+        Err(e) => Err(format!("not a count: {e}")),
+    }
+}
+
+/// Bytes: a number, alone or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB) unit.
+fn byte_size(text: &str) -> Result<u64, String> {
+    let wanted = || format!("{text:?} is no size; write bytes, or a unit as in 6GiB or 800MB");
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return Err(wanted()),
+    };
+    let large = || format!("{text} is more than {} bytes", u64::MAX);
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(factor).ok_or_else(large);
+    }
+    let value: f64 = number.parse().map_err(|_| wanted())?;
+    let total = value * factor as f64;
+    // 2^64 and above do not fit.
+    if total < 18_446_744_073_709_551_616.0 { Ok(total as u64) } else { Err(large()) }
+}
+
+/// `WIDTHxHEIGHT` in pixels.
+pub fn screen(text: &str) -> Result<(u32, u32), String> {
+    let side = |s: &str| s.parse::<u32>().ok().filter(|n| (1..=65_535).contains(n));
+    text.split_once(['x', 'X']).and_then(|(w, h)| Some((side(w)?, side(h)?))).ok_or_else(|| {
+        format!("{text:?} is no screen; write width x height from 1 to 65535, as in 1080x2400")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_with_and_without_units_are_read() {
+        let sizes = [
+            ("0", 0),
+            ("1234", 1234),
+            ("800MB", 800_000_000),
+            ("6GiB", 6 << 30),
+            ("1.5 GiB", 3 << 29),
+            ("2kib", 2048),
+            ("7B", 7),
+            ("18446744073709551615", u64::MAX),
+        ];
+        for (text, bytes) in sizes {
+            assert_eq!(byte_size(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused() {
+        for text in ["", "GiB", "6 G", "-1", "1.2.3GB", "1e9", "6GiBs", ".", "六", "NaN", "inf"] {
+            assert!(byte_size(text).unwrap_err().contains("is no size"), "{text}");
+        }
+        for text in ["18446744073709551616", "20000000TiB", "99999999999999999999.5"] {
+            assert!(byte_size(text).unwrap_err().contains("is more than"), "{text}");
+        }
+    }
+
+    #[test]
+    fn screens_are_two_sides() {
+        assert_eq!(screen("1080x2400"), Ok((1080, 2400)));
+        for text in ["", "x", "1080", "0x5", "5x0", "70000x5", "1x2x3", "-1x5", "a x b"] {
+            assert!(screen(text).unwrap_err().contains("is no screen"), "{text}");
+        }
+    }
+
+    #[test]
+    fn counts_start_at_one() {
+        assert_eq!(positive("1"), Ok(1));
+        assert!(positive("0").is_err() && positive("-1").is_err() && positive("x").is_err());
+    }
+}

@@ -1,0 +1,211 @@
+//! `pocketglm info`: what a checkpoint is and what running it takes, before anything is allocated.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use pocketglm::{Engine, MemoryPlan, ModelInfo};
+use serde_json::{Value, json};
+
+use crate::args::{ModelArgs, screen};
+use crate::failure::Failure;
+use crate::output::{Out, bytes, human, plan_table, thousands};
+use crate::progress::Bars;
+
+/// The screen of a common phone.
+const PHONE: Screen = Screen(Some((1080, 2400)));
+
+/// The largest picture that the plan provides for, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Screen(Option<(u32, u32)>);
+
+fn screen_or_none(text: &str) -> Result<Screen, String> {
+    if text == "none" { Ok(Screen(None)) } else { screen(text).map(|s| Screen(Some(s))) }
+}
+
+/// Show what a checkpoint is.
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    /// Largest picture that the memory plan provides for, or `none`; 1080x2400 where the checkpoint takes pictures.
+    #[arg(long, value_name = "WxH|none", value_parser = screen_or_none)]
+    screen: Option<Screen>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// Runs the command.
+pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
+    // Inspecting takes a moment at most, so there is no bar.
+    let options = args.model.options(&Bars::new(true));
+    let Screen(wanted) = args.screen.unwrap_or(PHONE);
+    let picture = wanted.map(|(w, h)| (w as usize, h as usize));
+    let (info, plan) = Engine::inspect(&args.model.model, &options, picture)?;
+    let screen = wanted.filter(|_| info.vision_blocks > 0);
+    let refused = args.model.memory.filter(|budget| plan.total() > *budget);
+
+    let mut out = Out::new();
+    if args.json {
+        let mut object = report_json(&info, &plan, screen);
+        object["memory"] = json!(args.model.memory);
+        object["fits"] = json!(refused.is_none());
+        object["device"] = if refused.is_none() { json!(device(args)?) } else { Value::Null };
+        out.json(&object)?;
+    } else {
+        out.line(&report(&info, &plan, screen))?;
+    }
+    if let Some(budget) = refused {
+        return Err(Failure::Budget { plan, budget, shown: true });
+    }
+    if !args.json {
+        out.line(&format!("{:LABEL$}{}", "device", device(args)?))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The device that would run the checkpoint.
+fn device(args: &InfoArgs) -> Result<String, Failure> {
+    Ok(args.model.open(&Bars::new(true))?.engine().device())
+}
+
+/// Width of the labels.
+const LABEL: usize = 17;
+
+/// The names of the element types and the bits of one element.
+const TYPES: [(&str, u64); 4] = [("f32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)];
+
+fn total(info: &ModelInfo) -> pocketglm::Parameters {
+    pocketglm::Parameters { count: info.decoder.count + info.head.count + info.vision.count }
+}
+
+fn report(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) -> String {
+    let mut lines = Vec::new();
+    let mut line = |label: &str, text: String| lines.push(format!("{label:LABEL$}{text}"));
+    let sight = match info.vision_blocks {
+        0 => "text only".to_string(),
+        blocks => format!("{blocks} vision blocks"),
+    };
+    line("model", format!("{}, {} decoder layers, {sight}", info.model_type, info.layers));
+    line("vocabulary", format!("{} tokens", thousands(info.vocabulary as u64)));
+    line("made for", format!("{} tokens", thousands(info.max_position_embeddings as u64)));
+    let total = total(info);
+    let parts = [("decoder", info.decoder), ("head", info.head), ("vision", info.vision), ("total", total)];
+    let width = thousands(total.count).len();
+    for (i, (name, p)) in parts.into_iter().enumerate() {
+        let label = if i == 0 { "parameters" } else { "" };
+        let tied = if name == "head" && p.count == 0 { "  (the embedding table)" } else { "" };
+        line(label, format!("{name:8}{:>width$}{tied}", thousands(p.count)));
+    }
+    let width = thousands(total.bytes_at(32)).len();
+    for (i, (name, bits)) in TYPES.into_iter().enumerate() {
+        let label = if i == 0 { "size as" } else { "" };
+        let n = total.bytes_at(bits);
+        line(label, format!("{name:8}{:>width$} bytes  {:>12}", thousands(n), human(n)));
+    }
+    for (i, (name, n)) in info.bytes.iter().enumerate() {
+        let label = if i == 0 { "stored as" } else { "" };
+        line(label, format!("{name:8}{:>width$} bytes  {:>12}", thousands(*n), human(*n)));
+    }
+    let kv = info.kv_bytes_per_token.saturating_mul(plan.context as u64);
+    let per_token = thousands(info.kv_bytes_per_token);
+    line(
+        "KV cache",
+        format!("{per_token} bytes per token, {} at {} tokens", bytes(kv), thousands(plan.context as u64)),
+    );
+    if let Some((w, h)) = screen {
+        line("largest picture", format!("{w}x{h}"));
+    }
+    lines.push(plan_table(plan));
+    lines.join("\n")
+}
+
+fn report_json(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) -> Value {
+    let total = total(info);
+    let sizes: serde_json::Map<String, Value> =
+        TYPES.into_iter().map(|(name, bits)| (name.into(), total.bytes_at(bits).into())).collect();
+    let parts: Vec<Value> = plan.parts.iter().map(|p| json!({"name": p.name, "bytes": p.bytes})).collect();
+    json!({
+        "model_type": info.model_type,
+        "layers": info.layers,
+        "vision_blocks": info.vision_blocks,
+        "vocabulary": info.vocabulary,
+        "max_position_embeddings": info.max_position_embeddings,
+        "tensors": info.tensors,
+        "parameters": {
+            "decoder": info.decoder.count,
+            "head": info.head.count,
+            "vision": info.vision.count,
+            "total": total.count,
+        },
+        "size_bytes": sizes,
+        "stored_bytes": info.bytes,
+        "kv_bytes_per_token": info.kv_bytes_per_token,
+        "context": plan.context,
+        "kv_bytes": info.kv_bytes_per_token.saturating_mul(plan.context as u64),
+        "screen": screen,
+        "plan": {"parts": parts, "patches": plan.patches, "total": plan.total()},
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use pocketglm::{MemoryUse, Parameters};
+
+    use super::*;
+
+    fn example() -> (ModelInfo, MemoryPlan) {
+        let info = ModelInfo {
+            model_type: "glm4v".into(),
+            decoder: Parameters { count: 8_000_000_001 },
+            head: Parameters::default(),
+            vision: Parameters { count: 500 },
+            tensors: 3,
+            bytes: BTreeMap::from([("BF16", 16_000_001_002)]),
+            layers: 40,
+            vision_blocks: 24,
+            max_position_embeddings: 65_536,
+            vocabulary: 151_552,
+            kv_bytes_per_token: 163_840,
+        };
+        let parts = vec![MemoryUse { name: "weights", bytes: 5 }, MemoryUse { name: "KV cache", bytes: 7 }];
+        (info, MemoryPlan { parts, context: 8192, patches: 13_416 })
+    }
+
+    #[test]
+    fn the_report_has_exact_counts_and_sizes() {
+        let (info, plan) = example();
+        let text = report(&info, &plan, Some((1080, 2400)));
+        for wanted in [
+            "glm4v, 40 decoder layers, 24 vision blocks",
+            "8,000,000,501",
+            "32,000,002,004 bytes",
+            "4,000,000,250 bytes",
+            "163,840 bytes per token, 1.25 GiB (1,342,177,280 bytes) at 8,192 tokens",
+            "(the embedding table)",
+            "1080x2400",
+        ] {
+            assert!(text.contains(wanted), "{wanted} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_json_report_adds_up() {
+        let (info, plan) = example();
+        let json = report_json(&info, &plan, None);
+        assert_eq!(json["parameters"]["total"], 8_000_000_501u64);
+        assert_eq!(json["size_bytes"]["bf16"], 16_000_001_002u64);
+        assert_eq!(json["plan"]["total"], 12);
+        assert_eq!(json["kv_bytes"], 1_342_177_280u64);
+        assert!(json["screen"].is_null());
+    }
+
+    #[test]
+    fn a_screen_may_be_none() {
+        assert_eq!(screen_or_none("none"), Ok(Screen(None)));
+        assert_eq!(screen_or_none("10x20"), Ok(Screen(Some((10, 20)))));
+        assert!(screen_or_none("some").is_err());
+    }
+}

@@ -1,0 +1,77 @@
+//! The program `pocketglm`: pictures and text in, text out, on the device itself.
+//!
+//! Start at [`main`]: it parses the command line and hands over to one module per command. This crate knows the
+//! facade alone; it names no tensor kernel, tokenizer or file format.
+//!
+//! Invariant: answers and reports go to stdout, everything else to stderr, and no input makes the program panic.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod chat;
+mod failure;
+mod generate;
+mod info;
+mod interrupt;
+mod output;
+mod progress;
+mod taps;
+mod trace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Runs AutoGLM-Phone-9B and its family (GLM-4.1V) on this device: pictures and text in, text out.
+#[derive(Parser)]
+#[command(name = "pocketglm", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer one prompt and stream the answer to stdout.
+    Generate(generate::GenerateArgs),
+    /// Talk with the model; the conversation and its cache are kept between turns.
+    Chat(chat::ChatArgs),
+    /// Show what a checkpoint is and how much memory it will take, without loading it.
+    Info(info::InfoArgs),
+    /// Measure load time, prefill and decode speed, and peak memory.
+    Bench(bench::BenchArgs),
+    /// Write the intermediate tensors of one forward pass to a safetensors file.
+    Trace(trace::TraceArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Trace(args) => trace::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        // Whoever read the output has enough of it, as `head` does.
+        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,97 @@
+//! Progress bars on a terminal while loading, encoding pictures and reading the prompt.
+
+use std::io::IsTerminal;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use pocketglm::{Progress, ProgressFn};
+
+/// The bar of the step that runs now. Without a terminal, or when the user wants quiet, there is none.
+#[derive(Clone)]
+pub struct Bars {
+    current: Option<Arc<Mutex<Option<Bar>>>>,
+}
+
+struct Bar {
+    step: &'static str,
+    bar: ProgressBar,
+}
+
+impl Bars {
+    /// Bars on stderr, if it is a terminal and `quiet` is not set.
+    pub fn new(quiet: bool) -> Bars {
+        let shown = !quiet && std::io::stderr().is_terminal();
+        Bars { current: shown.then(|| Arc::new(Mutex::new(None))) }
+    }
+
+    /// What the engine calls.
+    pub fn hook(&self) -> Option<ProgressFn> {
+        let current = self.current.clone()?;
+        Some(Arc::new(move |progress| {
+            let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
+            update(&mut current, progress);
+        }))
+    }
+
+    /// Takes the bar off the screen, before something else is written.
+    pub fn clear(&self) {
+        if let Some(current) = &self.current {
+            let bar = current.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Bar { bar, .. }) = bar {
+                bar.finish_and_clear();
+            }
+        }
+    }
+}
+
+fn update(current: &mut Option<Bar>, progress: Progress) {
+    if current.as_ref().is_some_and(|c| c.step != progress.step || progress.done >= progress.total)
+        && let Some(Bar { bar, .. }) = current.take()
+    {
+        bar.finish_and_clear();
+    }
+    if progress.done >= progress.total {
+        return;
+    }
+    let bar = current.get_or_insert_with(|| Bar { step: progress.step, bar: new_bar(&progress) });
+    bar.bar.set_length(progress.total as u64);
+    bar.bar.set_position(progress.done as u64);
+}
+
+fn new_bar(progress: &Progress) -> ProgressBar {
+    let style = ProgressStyle::with_template("{spinner} {msg} [{bar:30}] {pos}/{len} {elapsed}")
+        .map(|s| s.progress_chars("=> "))
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(progress.total as u64).with_finish(ProgressFinish::AndClear);
+    bar.set_style(style);
+    bar.set_message(progress.step);
+    // One picture or one prefill step may take long: the clock shows that work goes on.
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_lives_as_long_as_its_step() {
+        let mut current = None;
+        let mut at = |step, done, total| {
+            update(&mut current, Progress { step, done, total });
+            current.as_ref().map(|c| (c.step, c.bar.position()))
+        };
+        assert_eq!(at("load", 0, 5), Some(("load", 0)));
+        assert_eq!(at("load", 3, 5), Some(("load", 3)));
+        assert_eq!(at("load", 5, 5), None);
+        assert_eq!(at("encode pictures", 0, 1), Some(("encode pictures", 0)));
+        assert_eq!(at("read prompt", 0, 9), Some(("read prompt", 0)));
+        assert_eq!(at("read prompt", 9, 9), None);
+    }
+
+    #[test]
+    fn quiet_has_no_bars() {
+        assert!(Bars::new(true).hook().is_none());
+    }
+}

@@ -1,0 +1,45 @@
+//! `pocketglm trace`: every tensor that a comparison with the reference needs.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use crate::args::ModelArgs;
+use crate::failure::Failure;
+use crate::generate::read_request;
+use crate::output::complain;
+use crate::progress::Bars;
+
+/// Write the tensors of one forward pass.
+#[derive(Args, Debug)]
+pub struct TraceArgs {
+    /// Request file, `-` for standard input; see `generate --request`.
+    #[arg(long, value_name = "FILE")]
+    request: PathBuf,
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// Runs the command.
+pub fn run(args: &TraceArgs) -> Result<ExitCode, Failure> {
+    let request = read_request(&args.request)?;
+    let bars = Bars::new(args.model.quiet);
+    let model = args.model.open(&bars)?;
+    let engine = model.engine();
+    let prompt = engine.prompt(&request)?;
+    let trace = engine.trace(&prompt)?;
+    bars.clear();
+    trace.write(&args.out)?;
+    if !args.model.quiet {
+        let width = trace.tensors().iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        for (name, tensor) in trace.tensors() {
+            complain(&format!("{name:width$}  {:4} {:?}", tensor.dtype().name(), tensor.shape()));
+        }
+        complain(&format!("{} tensors in {}", trace.tensors().len(), args.out.display()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
