@@ -623,3 +623,27 @@ fn mutated_weight_headers_and_indexes_are_survived() {
 fn mutated_templates_are_survived() {
     assert!(survive("bf16", "chat_template.jinja", 250, 9) > 50);
 }
+
+#[test]
+fn a_checkpoint_of_very_many_layers_opens_in_time() {
+    for layers in [64, 512, 2048] {
+        let folder = Folder::copy_of("bf16");
+        edit_json(&folder, "config.json", |c| c["text_config"]["num_hidden_layers"] = json!(layers));
+        edit_weights(&folder, |all| {
+            let first: Vec<_> = all
+                .iter()
+                .filter_map(|(n, t)| {
+                    Some((n.strip_prefix("model.language_model.layers.0.")?.to_string(), t.clone()))
+                })
+                .collect();
+            for layer in 2..layers {
+                for (rest, tensor) in &first {
+                    all.insert(format!("model.language_model.layers.{layer}.{rest}"), tensor.clone());
+                }
+            }
+        });
+        let start = Instant::now();
+        let e = attempt(&folder, &format!("{layers} layers"));
+        println!("{layers} layers: {:?} {e:?}", start.elapsed());
+    }
+}

@@ -57,12 +57,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     text.push_str("## Kernels\n\nf32 operations against the measured multiply-add peak, bytes against the measured read bandwidth.\n\n");
     text.push_str("| kernel | measured | limit | share |\n| --- | --- | --- | --- |\n");
     for line in &lines {
-        let _ = writeln!(text, "| {} | {:.1} {} | {:.1} | {:.0} % |", line.name, line.rate, line.unit, line.limit, line.share());
+        let _ = writeln!(
+            text,
+            "| {} | {:.1} {} | {:.1} | {:.0} % |",
+            line.name,
+            line.rate,
+            line.unit,
+            line.limit,
+            line.share()
+        );
     }
     if !arguments.kernels_only {
         text.push_str(&models(&cpu, rounds, arguments)?);
     }
-    println!("{text}");
+    repo::print(&text)?;
     if arguments.quick {
         return Ok(());
     }
@@ -71,8 +79,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(io_error("create", folder))?;
     }
     pocketglm_checkpoint::write_atomic(&path, |file| std::io::Write::write_all(file, text.as_bytes()))?;
-    println!("written to {}", path.display());
-    Ok(())
+    repo::print(&format!("written to {}\n", path.display()))
 }
 
 fn header(cpu: &Cpu, rounds: usize) -> String {
@@ -81,8 +88,12 @@ fn header(cpu: &Cpu, rounds: usize) -> String {
         output.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string()).unwrap_or_default()
     };
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|l| l.strip_prefix("model name")).map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']));
-    let dirty = if run("git", &["status", "--porcelain"]).is_empty() { "" } else { " with uncommitted changes" };
+    let model = info
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']));
+    let dirty =
+        if run("git", &["status", "--porcelain"]).is_empty() { "" } else { " with uncommitted changes" };
     format!(
         "# Results\n\nWritten by `cargo xtask bench`; do not edit. Medians of {rounds} rounds in which the limit and the \
          kernel take turns.\n\n* processor: {model}, {} threads, {}\n* commit: {}{dirty}\n* compiler: {}\n\n",
@@ -283,9 +294,9 @@ fn build_program() -> Result<PathBuf> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let status = Command::new(cargo)
         .args(["build", "--release", "--quiet", "-p", "pocketglm-cli"])
-        .current_dir(root)
+        .current_dir(&root)
         .status()
-        .map_err(io_error("run cargo in", root))?;
+        .map_err(io_error("run cargo in", &root))?;
     if !status.success() {
         return Err(failed("cargo build --release -p pocketglm-cli", &status.to_string()));
     }

@@ -47,6 +47,9 @@ pub enum Error {
     /// A checkpoint or its configuration cannot be read or written.
     #[error(transparent)]
     Checkpoint(#[from] pocketglm_checkpoint::Error),
+    /// A kernel or the thread pool failed.
+    #[error(transparent)]
+    Tensor(#[from] pocketglm_tensor::Error),
     /// A graph cannot be built, rewritten or planned.
     #[error(transparent)]
     Graph(#[from] pocketglm_graph::Error),

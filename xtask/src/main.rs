@@ -1,4 +1,4 @@
-//! The repository's own commands: `cargo xtask check | tidy | codegen | fuse | synth | golden`.
+//! The repository's own commands: `cargo xtask bench | check | tidy | codegen | fuse | synth | golden`.
 //!
 //! Start at [`Command`]: each variant is one command and one module. This program knows nothing of tokens,
 //! sessions and the engine: it looks at sources and graphs, and runs other programs.
@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod check;
 mod codegen;
 mod draw;
@@ -34,6 +35,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Holds kernels and whole models against the machine's limits; writes bench/RESULTS.md.
+    Bench(bench::Arguments),
     /// What CI runs: format, lints, generated text, tidy, documentation, the example project, tests.
     Check(check::Arguments),
     /// Checks layers, crate headers, `unsafe`, file sizes and lint exceptions; prints lines of code.
@@ -50,6 +53,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Tidy => tidy::run(),
         Command::Codegen(arguments) => codegen::run(&arguments),

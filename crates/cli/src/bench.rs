@@ -139,7 +139,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     let middle = values.len() / 2;
     match (values.get(middle.wrapping_sub(1)), values.get(middle)) {
-        (Some(low), Some(high)) if values.len() % 2 == 0 => (low + high) / 2.0,
+        (Some(low), Some(high)) if values.len().is_multiple_of(2) => (low + high) / 2.0,
         (_, Some(value)) => *value,
         _ => 0.0,
     }

@@ -72,8 +72,8 @@ fn parse(line: &str) -> Input<'_> {
 
 /// Runs the command.
 pub fn run(args: &ChatArgs) -> Result<ExitCode, Failure> {
-    let interrupt = Interrupt::install()?;
     let bars = Bars::new(args.model.quiet);
+    let interrupt = Interrupt::install(&bars)?;
     let model = args.model.open(&bars)?;
     let mut lines = Lines::new()?;
     let mut talk = Talk {
@@ -167,17 +167,15 @@ impl Talk {
         self.interrupt.end();
         self.bars.clear();
         self.out.end_line()?;
-        match result {
-            Ok(answer) => {
-                self.chat.remember(answer);
-                Ok(())
-            }
-            Err(failure) => Err(failure),
+        match result? {
+            Some(answer) => self.chat.remember(answer),
+            None => complain("stopped before the answer began; the message and its pictures are forgotten"),
         }
+        Ok(())
     }
 
-    /// Streams the answer, and gives it as far as it went.
-    fn answer(&mut self, prompt: &Prompt) -> Result<String, Failure> {
+    /// Streams the answer, and gives it as far as it went; nothing if it was stopped before it began.
+    fn answer(&mut self, prompt: &Prompt) -> Result<Option<String>, Failure> {
         let mut answer = self.chat.answer(prompt)?;
         let mut text = String::new();
         let mut failed = None;
@@ -190,15 +188,21 @@ impl Talk {
                 }
             }
         }
-        self.last = Some((answer.timings(), answer.finish_reason().unwrap_or(FinishReason::Cancelled)));
+        let begun = !answer.token_ids().is_empty();
+        let finish = answer.finish_reason().unwrap_or(FinishReason::Cancelled);
+        let timings = answer.timings();
         drop(answer);
-        match failed {
-            Some(failure) => {
-                self.chat.take_back();
-                Err(failure)
-            }
-            None => Ok(text),
+        // A turn without an answer is no part of the conversation.
+        if let Some(failure) = failed {
+            self.chat.take_back();
+            return Err(failure);
         }
+        if finish == FinishReason::Cancelled && !begun {
+            self.chat.take_back();
+            return Ok(None);
+        }
+        self.last = Some((timings, finish));
+        Ok(Some(text))
     }
 
     fn stats(&mut self) {

@@ -60,9 +60,9 @@ pub fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
         Some(path) => read_request(path)?,
         None => Request::Messages(messages(args)),
     };
-    let interrupt = Interrupt::install()?;
     let quiet = args.model.quiet || args.json;
     let bars = Bars::new(quiet);
+    let interrupt = Interrupt::install(&bars)?;
     let start = Instant::now();
     let model = args.model.open(&bars)?;
     let load = start.elapsed();

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pocketglm::Cancel;
 
 use crate::failure::Failure;
+use crate::output::complain;
+use crate::progress::Bars;
 
 /// Exit status of a program that an interrupt ended, by convention 128 + SIGINT.
 pub const INTERRUPTED: u8 = 130;
@@ -14,13 +16,19 @@ pub const INTERRUPTED: u8 = 130;
 pub struct Interrupt(Arc<Mutex<Option<Cancel>>>);
 
 impl Interrupt {
-    /// Installs the handler. Once per process.
-    pub fn install() -> Result<Interrupt, Failure> {
+    /// Installs the handler. Once per process. Where `bars` are shown, so is that an answer is being stopped:
+    /// a picture or a prefill step that runs comes to its end first.
+    pub fn install(bars: &Bars) -> Result<Interrupt, Failure> {
         let interrupt = Interrupt::default();
-        let handler = interrupt.clone();
+        let (handler, bars) = (interrupt.clone(), bars.clone());
         ctrlc::set_handler(move || {
-            if !handler.cancel() {
+            let cancelled = handler.cancel();
+            bars.clear();
+            if !cancelled {
                 std::process::exit(i32::from(INTERRUPTED));
+            }
+            if bars.are_shown() {
+                complain("\nstopping; Ctrl-C again ends the program");
             }
         })
         .map_err(Failure::Signal)?;

@@ -1,7 +1,7 @@
 //! The program `pocketglm`: pictures and text in, text out, on the device itself.
 //!
-//! Start at [`main`]: it parses the command line and hands over to one module per command. This crate knows the
-//! facade alone; it names no tensor kernel, tokenizer or file format.
+//! Start at [`main`]: it parses the command line and hands over to one module per command. This crate uses the
+//! facade alone: it knows nothing of kernels, tokenizers and file formats.
 //!
 //! Invariant: answers and reports go to stdout, everything else to stderr, and no input makes the program panic.
 

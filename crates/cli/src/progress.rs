@@ -25,6 +25,11 @@ impl Bars {
         Bars { current: shown.then(|| Arc::new(Mutex::new(None))) }
     }
 
+    /// Whether a user sees bars.
+    pub fn are_shown(&self) -> bool {
+        self.current.is_some()
+    }
+
     /// What the engine calls.
     pub fn hook(&self) -> Option<ProgressFn> {
         let current = self.current.clone()?;

@@ -6,7 +6,8 @@ use pocketglm_bpe as bpe;
 use pocketglm_bpe::{RenderOptions, VideoFrames, expand_placeholders};
 use pocketglm_glm::{Grid, Positions, TokenKind, positions, token_kinds};
 use pocketglm_vit::preprocess::{
-    DecodeLimits, Image, Pixels, preprocess_image, preprocess_video, visual_tokens,
+    DecodeLimits, Image, Pixels, PreprocessConfig, preprocess_image, preprocess_video, resized_size,
+    visual_tokens,
 };
 use sha2::{Digest, Sha256};
 
@@ -129,25 +130,33 @@ fn load_pictures(
         return if parts.is_empty() { Ok(Vec::new()) } else { Err(Error::NoVision { found: parts.len() }) };
     };
     let limits = DecodeLimits::default();
-    let mut loaded = Vec::with_capacity(parts.len());
+    let context = model.context(options);
+    let mut loaded: Vec<(Arc<Encodable>, Vec<u32>)> = Vec::with_capacity(parts.len());
     for part in parts {
-        if options.context <= loaded.iter().map(|(p, _): &(Arc<Encodable>, _)| p.tokens).sum() {
-            let prompt = loaded.iter().map(|(p, _)| p.tokens).sum();
-            return Err(Error::Context { prompt, context: options.context });
-        }
+        // Counted before the pixels are resized, because a checkpoint may ask for enormous pictures.
+        let taken: usize = loaded.iter().map(|(p, _)| p.tokens).sum();
+        let fits = |tokens: usize| match taken.saturating_add(tokens) {
+            prompt if prompt > context => Err(Error::Context { prompt, context }),
+            _ => Ok(()),
+        };
         loaded.push(match part {
             Part::Image(picture) => {
                 let image = picture.load(&limits)?;
                 let name = |source| Error::Picture { picture: picture.name(), source };
+                fits(tokens_after_resize(&image, None, &vision.images).map_err(name)?)?;
                 let pixels = preprocess_image(&image, &vision.images).map_err(name)?;
                 (Arc::new(encodable(vision, pixels, &[image], false)?), Vec::new())
             }
             Part::Video { frames, seconds } => {
+                let name =
+                    |source| Error::Picture { picture: format!("video of {} frames", frames.len()), source };
+                if let Some(first) = frames.first() {
+                    let first = first.load(&limits)?;
+                    fits(tokens_after_resize(&first, Some(frames.len()), &vision.videos).map_err(name)?)?;
+                }
                 let images: Vec<Arc<Image>> =
                     frames.iter().map(|f| f.load(&limits)).collect::<Result<_>>()?;
                 let plain: Vec<Image> = images.iter().map(|i| Image::clone(i)).collect();
-                let name =
-                    |source| Error::Picture { picture: format!("video of {} frames", frames.len()), source };
                 let pixels = preprocess_video(&plain, &vision.videos).map_err(name)?;
                 if !seconds.is_empty() && seconds.len() != frames.len() {
                     let what = format!("a video of {} frames has {} seconds", frames.len(), seconds.len());
@@ -162,6 +171,18 @@ fn load_pictures(
         });
     }
     Ok(loaded)
+}
+
+/// Tokens of a still picture (`None` frames) or of a video, before any pixel is touched.
+fn tokens_after_resize(
+    image: &Image,
+    frames: Option<usize>,
+    config: &PreprocessConfig,
+) -> pocketglm_vit::Result<usize> {
+    let temporal = config.temporal_patch_size();
+    let frames = frames.unwrap_or(temporal);
+    let (h, w) = resized_size(frames, image.height(), image.width(), config)?;
+    Ok(frames.div_ceil(temporal).saturating_mul((h / config.factor()).saturating_mul(w / config.factor())))
 }
 
 fn encodable(vision: &VisionModel, pixels: Pixels, images: &[Arc<Image>], video: bool) -> Result<Encodable> {

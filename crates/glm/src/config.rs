@@ -62,7 +62,9 @@ impl TextConfig {
         let head_dim = match f.integer("head_dim", 2..=4096)? {
             Some(d) => d,
             None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            None => return Err(f.error("num_attention_heads", format!("a divisor of hidden_size {hidden_size}"))),
+            None => {
+                return Err(f.error("num_attention_heads", format!("a divisor of hidden_size {hidden_size}")));
+            }
         };
         let kv_heads = f.integer("num_key_value_heads", 1..=4096)?.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
@@ -86,14 +88,16 @@ impl TextConfig {
             .number("partial_rotary_factor", 0.0..=1.0)?
             .ok_or_else(|| rope.error("partial_rotary_factor", "a number from 0 to 1"))?;
         let rotary_dim = (head_dim as f64 * factor) as usize;
-        if rotary_dim == 0 || rotary_dim % 2 != 0 {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             return Err(rope.error("partial_rotary_factor", format!("an even part of head_dim {head_dim}")));
         }
         let mrope_section = match sections.integers("mrope_section", 4, 0..=4096)? {
             Some(list) => <[usize; 3]>::try_from(list)
                 .ok()
                 .filter(|s| s.iter().sum::<usize>() == rotary_dim / 2)
-                .ok_or_else(|| sections.error("mrope_section", format!("3 numbers that sum to {}", rotary_dim / 2)))?,
+                .ok_or_else(|| {
+                    sections.error("mrope_section", format!("3 numbers that sum to {}", rotary_dim / 2))
+                })?,
             None => [rotary_dim / 2, 0, 0],
         };
         Ok(TextConfig {

@@ -38,7 +38,8 @@ pub fn decoder(g: &mut GraphBuilder<'_>, config: &TextConfig, trace: Trace) -> R
         let table = g.weight("embed_tokens.weight", &[config.vocab_size, d])?;
         let x = g.gather_rows(table, ids)?;
         let mut x = g.scatter_rows(x, image_at, image_embeds)?;
-        let rope = g.rope_table(positions, config.rope_theta, &config.axis_of_frequency(), config.rotary_dim / 2)?;
+        let rope =
+            g.rope_table(positions, config.rope_theta, &config.axis_of_frequency(), config.rotary_dim / 2)?;
         for i in 0..config.num_hidden_layers {
             if trace == Trace::HiddenStates {
                 g.output(&format!("hidden_states.{i}"), x);

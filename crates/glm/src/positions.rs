@@ -92,7 +92,9 @@ pub fn positions(kinds: &[TokenKind], images: &[Grid], videos: &[Grid], merge: u
         next += h.max(w);
         at += run.len();
     }
-    for (kind, left, given) in [("image", image.len(), images.len()), ("video frame", frame.len(), frames.len())] {
+    for (kind, left, given) in
+        [("image", image.len(), images.len()), ("video frame", frame.len(), frames.len())]
+    {
         if left > 0 {
             return Err(Error::UnusedVisual { kind, left, given });
         }

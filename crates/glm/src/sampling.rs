@@ -49,7 +49,11 @@ impl Sampling {
     /// [`Error::Setting`] for the first one outside its range.
     pub fn validate(&self) -> Result<()> {
         let range = |setting, wanted, value: f32, ok: bool| {
-            if ok && value.is_finite() { Ok(()) } else { Err(Error::Setting { setting, wanted, found: value.to_string() }) }
+            if ok && value.is_finite() {
+                Ok(())
+            } else {
+                Err(Error::Setting { setting, wanted, found: value.to_string() })
+            }
         };
         range("temperature", "0 or more", self.temperature, self.temperature >= 0.0)?;
         range("top_p", "above 0 and at most 1", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0)?;
@@ -108,7 +112,11 @@ impl Sampler {
     fn penalise(&self, logits: &mut [f32]) {
         for token in self.seen.keys() {
             if let Some(l) = logits.get_mut(*token as usize) {
-                *l = if *l > 0.0 { *l / self.settings.repetition_penalty } else { *l * self.settings.repetition_penalty };
+                *l = if *l > 0.0 {
+                    *l / self.settings.repetition_penalty
+                } else {
+                    *l * self.settings.repetition_penalty
+                };
             }
         }
         let (frequency, presence) = (self.settings.frequency_penalty, self.settings.presence_penalty);

@@ -163,7 +163,11 @@ impl Outputs {
     pub fn take(&mut self, name: &str) -> Result<Output> {
         match self.0.iter().position(|(n, _)| n == name) {
             Some(i) => Ok(self.0.swap_remove(i).1),
-            None => Err(Error::Name { kind: "output", name: name.into(), what: "is not one of the program".into() }),
+            None => Err(Error::Name {
+                kind: "output",
+                name: name.into(),
+                what: "is not one of the program".into(),
+            }),
         }
     }
 }

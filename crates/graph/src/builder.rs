@@ -7,9 +7,9 @@ use pocketglm_tensor::{DType, Tensor, TensorInfo, WeightSource};
 use crate::dim::Dim;
 use crate::graph::{Graph, Meta, Node, Value};
 use crate::ops::{
-    Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, GatherRows, Input, KvAppend, LayerNorm,
-    MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout, RopeTable, Scale, ScatterRows, Slice, Softmax,
-    SoftmaxMask, State, Unary, UnaryKind, WeightRef, WeightedGather,
+    Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, GatherRows, Input, KvAppend,
+    LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout, RopeTable, Scale, ScatterRows, Slice,
+    Softmax, SoftmaxMask, State, Unary, UnaryKind, WeightRef, WeightedGather,
 };
 use crate::{Error, Result};
 
@@ -109,9 +109,8 @@ impl<'w> GraphBuilder<'w> {
         let dtype = match &self.weights {
             Weights::Assumed(dtype) => *dtype,
             Weights::Source(source) => {
-                let info: TensorInfo = source.info(&name).ok_or_else(|| pocketglm_tensor::Error::Missing {
-                    name: name.clone(),
-                    place: "the checkpoint".into(),
+                let info: TensorInfo = source.info(&name).ok_or_else(|| {
+                    pocketglm_tensor::Error::Missing { name: name.clone(), place: "the checkpoint".into() }
                 })?;
                 if info.shape != stored {
                     return Err(Error::WeightShape { name, wanted: stored.to_vec(), found: info.shape });
@@ -246,7 +245,13 @@ impl<'w> GraphBuilder<'w> {
     }
 
     /// Rotary angles of positions `[axes, t]`: see [`RopeTable`].
-    pub fn rope_table(&mut self, positions: Value, theta: f32, axis_of_frequency: &[u8], period: usize) -> Result<Value> {
+    pub fn rope_table(
+        &mut self,
+        positions: Value,
+        theta: f32,
+        axis_of_frequency: &[u8],
+        period: usize,
+    ) -> Result<Value> {
         let op = RopeTable { theta, axis_of_frequency: axis_of_frequency.to_vec(), period };
         self.push(Op::RopeTable(op), &[positions])
     }
@@ -267,7 +272,13 @@ impl<'w> GraphBuilder<'w> {
     }
 
     /// `len` indices from `start` on along `axis`.
-    pub fn slice(&mut self, x: Value, axis: usize, start: impl Into<Dim>, len: impl Into<Dim>) -> Result<Value> {
+    pub fn slice(
+        &mut self,
+        x: Value,
+        axis: usize,
+        start: impl Into<Dim>,
+        len: impl Into<Dim>,
+    ) -> Result<Value> {
         self.push(Op::Slice(Slice { axis, start: start.into(), len: len.into() }), &[x])
     }
 
@@ -300,7 +311,15 @@ impl<'w> GraphBuilder<'w> {
     ///
     /// `q [t, h, d]`, `k` and `v` `[s, kv, d]` with `h` a multiple of `kv`; result `[t, h·d]`.
     /// `segments` holds the boundaries for [`SoftmaxMask::Segments`].
-    pub fn attention(&mut self, q: Value, k: Value, v: Value, scale: f32, mask: SoftmaxMask, segments: Option<Value>) -> Result<Value> {
+    pub fn attention(
+        &mut self,
+        q: Value,
+        k: Value,
+        v: Value,
+        scale: f32,
+        mask: SoftmaxMask,
+        segments: Option<Value>,
+    ) -> Result<Value> {
         let (qs, ks) = (self.shape(q).to_vec(), self.shape(k).to_vec());
         let ([t, h, d], [s, kv, _]) = (qs.as_slice(), ks.as_slice()) else {
             return Err(Error::Shape {

@@ -114,10 +114,15 @@ impl CpuProgram {
         let none = Bindings::new();
         let shapes: Vec<Vec<usize>> =
             node.outputs.iter().map(|m| eval_shape(&m.shape, &none)).collect::<Result<_>>()?;
-        let input_shapes: Vec<Vec<usize>> =
-            node.inputs.iter().map(|v| eval_shape(&self.graph.meta(*v).shape, &none)).collect::<Result<_>>()?;
-        let mut results: Vec<AlignedF32> =
-            shapes.iter().map(|s| AlignedF32::zeroed(s.iter().product())).collect::<pocketglm_tensor::Result<_>>()?;
+        let input_shapes: Vec<Vec<usize>> = node
+            .inputs
+            .iter()
+            .map(|v| eval_shape(&self.graph.meta(*v).shape, &none))
+            .collect::<Result<_>>()?;
+        let mut results: Vec<AlignedF32> = shapes
+            .iter()
+            .map(|s| AlignedF32::zeroed(s.iter().product()))
+            .collect::<pocketglm_tensor::Result<_>>()?;
         let mut scratch = AlignedF32::zeroed(node.op.def().scratch(&input_shapes, &shapes))?;
         let mut inputs = Vec::with_capacity(node.inputs.len());
         for (v, shape) in node.inputs.iter().zip(&input_shapes) {
@@ -125,7 +130,13 @@ impl CpuProgram {
         }
         let mut outputs: Vec<&mut [f32]> = results.iter_mut().map(|r| &mut r[..]).collect();
         let (bindings, scratch) = (&none, &mut scratch[..]);
-        node.op.def().run(&mut Call { cpu: &self.cpu, bindings, inputs: &inputs, outputs: &mut outputs, scratch })?;
+        node.op.def().run(&mut Call {
+            cpu: &self.cpu,
+            bindings,
+            inputs: &inputs,
+            outputs: &mut outputs,
+            scratch,
+        })?;
         Ok(results.into_iter().map(Held::Values).collect())
     }
 
@@ -198,7 +209,12 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
         return Ok(Held::Stored(tensor.clone().aligned()?));
     }
     if !tensor.dtype().is_float() {
-        return Err(pocketglm_tensor::Error::DType { op: "weight", wanted: "F32, F16 or BF16", found: tensor.dtype() }.into());
+        return Err(pocketglm_tensor::Error::DType {
+            op: "weight",
+            wanted: "F32, F16 or BF16",
+            found: tensor.dtype(),
+        }
+        .into());
     }
     let values = tensor.to_f32()?;
     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
@@ -224,7 +240,8 @@ impl Program for CpuProgram {
     }
 
     fn new_state(&self, bindings: &Bindings) -> Result<ProgramState> {
-        let mut state = ProgramState { inner: Box::new(CpuState { buffers: Vec::new() }), bindings: bindings.clone() };
+        let mut state =
+            ProgramState { inner: Box::new(CpuState { buffers: Vec::new() }), bindings: bindings.clone() };
         self.resize_state(&mut state, bindings)?;
         Ok(state)
     }
@@ -289,7 +306,11 @@ fn own(state: &mut ProgramState) -> Result<&mut CpuState> {
     })
 }
 
-fn checked_input<'a>(input: &crate::ops::Input, inputs: &Inputs<'a>, bindings: &Bindings) -> Result<InputData<'a>> {
+fn checked_input<'a>(
+    input: &crate::ops::Input,
+    inputs: &Inputs<'a>,
+    bindings: &Bindings,
+) -> Result<InputData<'a>> {
     let data = inputs.get(&input.name)?;
     let wanted: usize = eval_shape(&input.meta.shape, bindings)?.iter().product();
     let kind = match data {
@@ -341,7 +362,8 @@ impl Run<'_> {
         }
         pieces.extend(taken.iter_mut().map(|(_, b)| &mut b[..]));
         let (cpu, bindings) = (&*self.program.cpu, self.bindings);
-        let result = node.op.def().run(&mut Call { cpu, bindings, inputs: &inputs, outputs: &mut pieces, scratch });
+        let result =
+            node.op.def().run(&mut Call { cpu, bindings, inputs: &inputs, outputs: &mut pieces, scratch });
         drop(inputs);
         for (at, buffer) in taken {
             buffers[at] = buffer;
@@ -420,7 +442,8 @@ fn carve<'a>(arena: &'a mut [f32], wanted: &[Range<usize>]) -> Result<(Vec<&'a m
             pieces[i] = Some(&mut []);
             continue;
         }
-        let overlap = || Error::Shape { op: "plan", wanted: "disjoint results".into(), found: format!("{wanted:?}") };
+        let overlap =
+            || Error::Shape { op: "plan", wanted: "disjoint results".into(), found: format!("{wanted:?}") };
         if start < at || end - at > rest.len() {
             return Err(overlap());
         }

@@ -107,7 +107,9 @@ impl Dim {
                         let size = bindings.get(name).ok_or(Error::Unbound { name })?;
                         i64::try_from(size).map_err(|_| range())?
                     }
-                    Atom::Quotient(dim, divisor) => dim.eval_signed(bindings)?.div_euclid(i64::from(*divisor)),
+                    Atom::Quotient(dim, divisor) => {
+                        dim.eval_signed(bindings)?.div_euclid(i64::from(*divisor))
+                    }
                 };
                 product = product.checked_mul(value).ok_or_else(range)?;
             }

@@ -74,6 +74,9 @@ pub struct Node {
 pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) outputs: Vec<(String, Value)>,
+    /// For each node, the nodes that use one of its results (once per use). Kept up to date by every change, because
+    /// a pass asks at every match, and a graph of many layers would take minutes if it were counted anew.
+    users: Vec<Vec<usize>>,
 }
 
 impl Graph {
@@ -119,19 +122,26 @@ impl Graph {
             wanted: "fewer than 2^32 nodes".into(),
             found: "more".into(),
         })?;
+        for v in &inputs {
+            self.users[v.node()].push(node as usize);
+        }
+        self.users.push(Vec::new());
         self.nodes.push(Node { op, inputs, outputs, scope: scope.into(), load_time: false });
         Ok(Value { node, port: 0 })
     }
 
     /// For each node, the nodes that use one of its results (once per use).
-    pub(crate) fn users(&self) -> Vec<Vec<usize>> {
-        let mut users = vec![Vec::new(); self.nodes.len()];
+    pub(crate) fn users(&self) -> &[Vec<usize>] {
+        &self.users
+    }
+
+    fn count_users(&mut self) {
+        self.users = vec![Vec::new(); self.nodes.len()];
         for (i, node) in self.nodes.iter().enumerate() {
             for v in &node.inputs {
-                users[v.node()].push(i);
+                self.users[v.node()].push(i);
             }
         }
-        users
     }
 
     /// Whether a value is one of the graph's results.
@@ -141,11 +151,14 @@ impl Graph {
 
     /// Makes every user of `old` use `new`.
     pub(crate) fn replace(&mut self, old: Value, new: Value) {
-        for node in &mut self.nodes {
-            for v in &mut node.inputs {
-                if *v == old {
+        // An entry for each use: uses of `old` move to the new node, those of other ports stay.
+        for user in std::mem::take(&mut self.users[old.node()]) {
+            match self.nodes[user].inputs.iter_mut().find(|v| **v == old) {
+                Some(v) => {
                     *v = new;
+                    self.users[new.node()].push(user);
                 }
+                None => self.users[old.node()].push(user),
             }
         }
         for (_, v) in &mut self.outputs {
@@ -160,7 +173,12 @@ impl Graph {
         let node = &mut self.nodes[i];
         let meta = node.outputs[0].clone();
         node.op = Op::Input(crate::ops::Input { name: String::new(), meta });
-        node.inputs.clear();
+        for v in std::mem::take(&mut node.inputs) {
+            let users = &mut self.users[v.node()];
+            if let Some(at) = users.iter().position(|&user| user == i) {
+                users.swap_remove(at);
+            }
+        }
     }
 
     /// Drops nodes that no result and no state needs, and restores topological order after a rewrite.
@@ -220,5 +238,6 @@ impl Graph {
         for (_, v) in &mut self.outputs {
             v.node = moved[v.node()];
         }
+        self.count_users();
     }
 }

@@ -44,8 +44,13 @@ impl Plan {
             let sizes: Result<Vec<_>> = node.outputs.iter().map(|m| eval_shape(&m.shape, bindings)).collect();
             shapes.push(sizes.map_err(|e| e.at(format!("{} {}", node.scope, node.op.name())))?);
         }
-        let mut plan =
-            Plan { shapes, places: Vec::new(), scratch: vec![0..0; graph.nodes.len()], arena: 0, without_reuse: 0 };
+        let mut plan = Plan {
+            shapes,
+            places: Vec::new(),
+            scratch: vec![0..0; graph.nodes.len()],
+            arena: 0,
+            without_reuse: 0,
+        };
         let last_use = plan.place_views(graph, bindings)?;
 
         // Values that live now, sorted by place. There are few, so a linear search finds the first gap.
@@ -54,10 +59,10 @@ impl Plan {
             if node.load_time || node.op.is_source() {
                 continue;
             }
-            for port in 0..node.outputs.len() {
+            for (port, last) in last_use[i].iter().enumerate() {
                 if plan.places[i][port] == Place::Arena(0..0) {
                     let length = size(&plan.shapes[i][port])?;
-                    let place = plan.allocate(&mut live, length, last_use[i][port].max(i))?;
+                    let place = plan.allocate(&mut live, length, (*last).max(i))?;
                     plan.places[i][port] = Place::Arena(place);
                 }
             }
@@ -140,7 +145,12 @@ impl Plan {
         (value, offset)
     }
 
-    fn allocate(&mut self, live: &mut Vec<(Range<usize>, usize)>, length: usize, last: usize) -> Result<Range<usize>> {
+    fn allocate(
+        &mut self,
+        live: &mut Vec<(Range<usize>, usize)>,
+        length: usize,
+        last: usize,
+    ) -> Result<Range<usize>> {
         let padded = length.div_ceil(ALIGN) * ALIGN;
         let mut start = 0;
         let mut index = live.len();
@@ -160,7 +170,11 @@ impl Plan {
 }
 
 fn too_large(length: usize) -> Error {
-    Error::Shape { op: "plan", wanted: "values that fit in memory".into(), found: format!("{length} elements") }
+    Error::Shape {
+        op: "plan",
+        wanted: "values that fit in memory".into(),
+        found: format!("{length} elements"),
+    }
 }
 
 fn size(shape: &[usize]) -> Result<usize> {

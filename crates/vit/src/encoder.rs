@@ -57,7 +57,13 @@ pub fn encoder(g: &mut GraphBuilder<'_>, config: &VisionConfig) -> Result<Value>
 }
 
 /// `x + attention(norm1(x))`, then `x + mlp(norm2(x))`; `x: [N, C]`.
-fn block(g: &mut GraphBuilder<'_>, config: &VisionConfig, x: Value, rope: Value, segments: Value) -> Result<Value> {
+fn block(
+    g: &mut GraphBuilder<'_>,
+    config: &VisionConfig,
+    x: Value,
+    rope: Value,
+    segments: Value,
+) -> Result<Value> {
     let a = g.rms_norm("norm1", x, config.rms_norm_eps)?;
     let a = g.scoped("attn", |g| attention(g, config, a, rope, segments))?;
     let x = g.add(x, a)?;
@@ -67,7 +73,13 @@ fn block(g: &mut GraphBuilder<'_>, config: &VisionConfig, x: Value, rope: Value,
 }
 
 /// Attention within each segment (one picture, or one temporal patch of a video).
-fn attention(g: &mut GraphBuilder<'_>, config: &VisionConfig, x: Value, rope: Value, segments: Value) -> Result<Value> {
+fn attention(
+    g: &mut GraphBuilder<'_>,
+    config: &VisionConfig,
+    x: Value,
+    rope: Value,
+    segments: Value,
+) -> Result<Value> {
     let (c, h, d) = (config.hidden_size, config.num_heads, config.head_dim());
     let n = g.shape(x)[0].clone();
     let qkv = g.linear("qkv", x, 3 * c, config.attention_bias)?;

@@ -2,7 +2,7 @@
 //!
 //! The memory is counted by this test program's allocator, so the tests take turns.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test: what fails is a failed test")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;

@@ -98,9 +98,22 @@ fn generate(model: &str, more: &[&str]) -> Value {
 fn generate_json_has_the_reference_s_tokens() {
     let folder = scratch("generate");
     let mut compared = 0;
-    for name in
-        ["default", "patch-8", "merge-3", "temporal-1", "real-head-dim", "sharded-v4", "other-names", "tied"]
-    {
+    for name in [
+        "default",
+        "patch-8",
+        "merge-3",
+        "temporal-1",
+        "real-head-dim",
+        "kv-heads-1",
+        "kv-heads-all",
+        "kv-heads-8-2",
+        "bf16",
+        "f16",
+        "tied",
+        "eps",
+        "sharded-v4",
+        "other-names",
+    ] {
         let source = if matches!(name, "sharded-v4" | "other-names") { "bf16" } else { name };
         let expected = read_json(&golden(source).join("golden/expected.json"));
         for (case, expected) in expected["cases"].as_object().unwrap() {
@@ -121,7 +134,7 @@ fn generate_json_has_the_reference_s_tokens() {
             compared += 1;
         }
     }
-    assert_eq!(compared, 14, "cases of these checkpoints");
+    assert_eq!(compared, 20, "cases of these checkpoints");
 }
 
 #[test]

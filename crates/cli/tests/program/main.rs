@@ -1,5 +1,7 @@
 //! The built program against the golden checkpoints, from the outside: arguments in, output and exit status out.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail as tests do")]
+
 mod commands;
 mod golden;
 mod refusals;

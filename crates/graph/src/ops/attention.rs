@@ -67,7 +67,13 @@ impl Attention {
         Ok(kernels::attention_scratch_bytes(cpu, &arguments)? as u64)
     }
 
-    fn arguments<'a>(&self, heads: [(&'a [f32], usize); 3], t: usize, s: usize, mask: kernels::Mask<'a>) -> kernels::Attention<'a> {
+    fn arguments<'a>(
+        &self,
+        heads: [(&'a [f32], usize); 3],
+        t: usize,
+        s: usize,
+        mask: kernels::Mask<'a>,
+    ) -> kernels::Attention<'a> {
         let [(q, q_stride), (k, k_stride), (v, v_stride)] = heads;
         kernels::Attention {
             q,
@@ -93,7 +99,8 @@ impl OpDef for Attention {
         "attention"
     }
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
-        let wrong = || shape_error("attention", "q [t, heads·d], k and v [keys, kv_heads·d], segments", inputs);
+        let wrong =
+            || shape_error("attention", "q [t, heads·d], k and v [keys, kv_heads·d], segments", inputs);
         let wanted = if self.mask == AttentionMask::Segments { 4 } else { 3 };
         if inputs.len() != wanted || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(wrong());

@@ -28,7 +28,8 @@ impl OpDef for Conv {
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let [x, w, b] = operands::<3>("conv", inputs)?;
         let wrong = || shape_error("conv", "x [n, c, h, w], weight [o, c/groups, kh, kw], bias [o]", inputs);
-        let ([n, c, h, wd], [o, cg, kh, kw], [bo]) = (x.shape.as_slice(), w.shape.as_slice(), b.shape.as_slice())
+        let ([n, c, h, wd], [o, cg, kh, kw], [bo]) =
+            (x.shape.as_slice(), w.shape.as_slice(), b.shape.as_slice())
         else {
             return Err(wrong());
         };

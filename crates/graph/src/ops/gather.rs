@@ -49,7 +49,9 @@ impl OpDef for WeightedGather {
             ([_, c], [n, j], DType::I32) if taps.shape == weights.shape && j.as_fixed() == Some(16) => {
                 Ok(vec![Meta::f32(vec![n.clone(), c.clone()])])
             }
-            _ => Err(shape_error("weighted_gather", "table [v, c], i32 taps [n, 16], weights [n, 16]", inputs)),
+            _ => {
+                Err(shape_error("weighted_gather", "table [v, c], i32 taps [n, 16], weights [n, 16]", inputs))
+            }
         }
     }
     fn operations(&self, inputs: &[Vec<usize>], outputs: &[Vec<usize>]) -> f64 {

@@ -16,10 +16,12 @@ pub struct KvAppend {
 pub(crate) fn append(state: &mut [f32], at: usize, c: usize, rows: &[f32]) -> Result<()> {
     let capacity = state.len().checked_div(c).unwrap_or(0);
     let t = rows.len().checked_div(c).unwrap_or(0);
-    state.get_mut(at * c..at * c + rows.len()).map(|to| to.copy_from_slice(rows)).ok_or_else(|| Error::Shape {
-        op: "kv_append",
-        wanted: format!("room for {} tokens", at + t),
-        found: format!("a state of {capacity}"),
+    state.get_mut(at * c..at * c + rows.len()).map(|to| to.copy_from_slice(rows)).ok_or_else(|| {
+        Error::Shape {
+            op: "kv_append",
+            wanted: format!("room for {} tokens", at + t),
+            found: format!("a state of {capacity}"),
+        }
     })
 }
 

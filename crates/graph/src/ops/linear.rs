@@ -111,7 +111,11 @@ pub(crate) fn total_rows(parts: &[bool], k: &Dim, operands: &[Meta]) -> Option<D
 }
 
 /// The kernel's list of parts from the operands that start at `at`.
-pub(crate) fn parts<'s>(call: &Call<'s, '_>, parts: &[bool], mut at: usize) -> Result<Vec<kernels::Part<'s>>> {
+pub(crate) fn parts<'s>(
+    call: &Call<'s, '_>,
+    parts: &[bool],
+    mut at: usize,
+) -> Result<Vec<kernels::Part<'s>>> {
     let mut list = Vec::with_capacity(parts.len());
     for bias in parts {
         let (weight, rows) = (call.weight("linear", at)?, call.shape("linear", at)?[0]);
@@ -134,7 +138,8 @@ impl OpDef for Linear {
         }
     }
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
-        let wrong = || shape_error("linear", "x [.., k], norm [k], weights [n, k], biases [n], residual", inputs);
+        let wrong =
+            || shape_error("linear", "x [.., k], norm [k], weights [n, k], biases [n], residual", inputs);
         let (norm, weights) = (self.first_weight(), self.weight_operands());
         if inputs.len() != norm + weights + usize::from(self.residual) {
             return Err(wrong());
@@ -153,7 +158,8 @@ impl OpDef for Linear {
     }
     fn operations(&self, inputs: &[Vec<usize>], _: &[Vec<usize>]) -> f64 {
         let at = self.first_weight();
-        let weights: f64 = inputs[at..at + self.weight_operands()].iter().filter(|s| s.len() == 2).map(|s| count(s)).sum();
+        let weights: f64 =
+            inputs[at..at + self.weight_operands()].iter().filter(|s| s.len() == 2).map(|s| count(s)).sum();
         let rows = count(&inputs[0]) / inputs[0].last().copied().unwrap_or(1).max(1) as f64;
         2.0 * weights * rows
     }

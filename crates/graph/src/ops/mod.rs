@@ -273,7 +273,8 @@ impl Op {
         let shapes: Vec<Vec<usize>> = inputs.iter().map(|(_, s)| s.clone()).collect();
         let elements = |s: &[usize]| s.iter().map(|&d| d as f64).product::<f64>();
         let keep = inputs.len() - self.state_results().min(inputs.len());
-        let mut bytes: f64 = outputs.iter().take(outputs.len() - self.state_results()).map(|s| elements(s) * 4.0).sum();
+        let mut bytes: f64 =
+            outputs.iter().take(outputs.len() - self.state_results()).map(|s| elements(s) * 4.0).sum();
         for (i, (dtype, shape)) in inputs.iter().take(keep).enumerate() {
             let rows = match self {
                 // A gather reads the rows it is asked for, not the table.

@@ -110,12 +110,24 @@ impl OpDef for Qkv {
         let y = call.output("qkv", 0)?;
         kernels::linear(cpu, x, t, c, &list, kernels::Epilogue::None, y)?;
         // q and k lie side by side, so one call rotates the heads of both.
-        kernels::rope_in_place(cpu, y, width, [t, self.heads + self.kv_heads, d], table, r, self.rope.layout)?;
+        kernels::rope_in_place(
+            cpu,
+            y,
+            width,
+            [t, self.heads + self.kv_heads, d],
+            table,
+            r,
+            self.rope.layout,
+        )?;
         let Some(append) = &self.append else { return Ok(()) };
         let past = append.eval(call.bindings)?;
         let kv = self.kv_heads * d;
         let [qkv, k_state, v_state] = call.outputs else {
-            return Err(Error::Shape { op: "qkv", wanted: "3 results".into(), found: call.outputs.len().to_string() });
+            return Err(Error::Shape {
+                op: "qkv",
+                wanted: "3 results".into(),
+                found: call.outputs.len().to_string(),
+            });
         };
         for (i, row) in qkv.chunks_exact(width).enumerate() {
             let (k, v) = row[self.heads * d..].split_at(kv);

@@ -79,7 +79,9 @@ impl OpDef for Rope {
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let [x, table] = operands::<2>("rope", inputs)?;
         let ok = match (x.shape.as_slice(), table.shape.as_slice()) {
-            ([t, _, d], [tt, r]) => t == tt && matches!((d.as_fixed(), r.as_fixed()), (Some(d), Some(r)) if r <= d),
+            ([t, _, d], [tt, r]) => {
+                t == tt && matches!((d.as_fixed(), r.as_fixed()), (Some(d), Some(r)) if r <= d)
+            }
             _ => false,
         };
         if !ok {

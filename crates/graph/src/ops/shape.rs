@@ -52,7 +52,11 @@ impl OpDef for Permute {
         let mut seen = self.order.clone();
         seen.sort_unstable();
         if seen != (0..x.shape.len()).collect::<Vec<_>>() {
-            return Err(shape_error("permute", format!("rank {} for order {:?}", seen.len(), self.order), inputs));
+            return Err(shape_error(
+                "permute",
+                format!("rank {} for order {:?}", seen.len(), self.order),
+                inputs,
+            ));
         }
         Ok(vec![Meta::f32(self.order.iter().map(|&i| x.shape[i].clone()).collect())])
     }
@@ -89,7 +93,11 @@ impl OpDef for Slice {
         if let (Some(d), Some(s), Some(l)) = (dim.as_fixed(), self.start.as_fixed(), self.len.as_fixed())
             && s + l > d
         {
-            return Err(shape_error("slice", format!("at least {} in dimension {}", s + l, self.axis), inputs));
+            return Err(shape_error(
+                "slice",
+                format!("at least {} in dimension {}", s + l, self.axis),
+                inputs,
+            ));
         }
         let mut shape = x.shape.clone();
         shape[self.axis] = self.len.clone();
@@ -132,7 +140,8 @@ impl OpDef for Concat {
         "concat"
     }
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
-        let wrong = || shape_error("concat", format!("shapes that differ in dimension {} only", self.axis), inputs);
+        let wrong =
+            || shape_error("concat", format!("shapes that differ in dimension {} only", self.axis), inputs);
         let first = inputs.first().filter(|m| self.axis < m.shape.len()).ok_or_else(wrong)?;
         let mut shape = first.shape.clone();
         for other in &inputs[1..] {

@@ -64,7 +64,10 @@ fn sizes_that_were_symbols_are_checked_when_they_are_known() {
     let graph = g.finish();
     assert!(Plan::new(&graph, &Bindings::new().with("T", 5).with("A", 3)).is_ok());
     assert!(Plan::new(&graph, &Bindings::new().with("T", 5).with("A", 4)).is_err());
-    assert!(matches!(Plan::new(&graph, &Bindings::new().with("T", 5)), Err(Error::In { .. } | Error::Unbound { .. })));
+    assert!(matches!(
+        Plan::new(&graph, &Bindings::new().with("T", 5)),
+        Err(Error::In { .. } | Error::Unbound { .. })
+    ));
 }
 
 fn chain(length: usize) -> Graph {
@@ -99,7 +102,9 @@ fn values_that_live_at_once_never_share_a_place() {
     g.output("y", y);
     let graph = g.finish();
     let plan = Plan::new(&graph, &Bindings::new().with("T", 3)).unwrap();
-    let last_use = |v: usize| graph.nodes().iter().rposition(|n| n.inputs.iter().any(|i| i.node() == v)).unwrap_or(usize::MAX);
+    let last_use = |v: usize| {
+        graph.nodes().iter().rposition(|n| n.inputs.iter().any(|i| i.node() == v)).unwrap_or(usize::MAX)
+    };
     let mut compared = 0;
     for (i, a) in plan.places.iter().enumerate() {
         for (j, b) in plan.places.iter().enumerate().skip(i + 1) {

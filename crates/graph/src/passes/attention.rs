@@ -50,7 +50,6 @@ struct Found {
 fn matched(graph: &Graph, i: usize) -> Option<Found> {
     let Op::Softmax(softmax) = &graph.nodes[i].op else { return None };
     let users = graph.users();
-    let users = users.as_slice();
     // Forward: reshape, product with v, reshape, heads back, reshape to a matrix.
     let mut y = result_of(i);
     let step = |y: Value, op: fn(&Op) -> bool| {

@@ -15,11 +15,15 @@ pub fn fold_batch_norm(graph: &mut Graph) -> crate::Result<usize> {
         let [x, weight, bias, mean, var] = *graph.nodes[i].inputs.as_slice() else { continue };
         let users = graph.users();
         let Op::Conv(conv) = graph.node(x).op.clone() else { continue };
-        let fixed = |v: Value| matches!(graph.node(v).op, Op::Weight(_) | Op::Constant(_)) || graph.node(v).load_time;
+        let fixed =
+            |v: Value| matches!(graph.node(v).op, Op::Weight(_) | Op::Constant(_)) || graph.node(v).load_time;
         let convolution = graph.node(x).clone();
         if conv.activation != Activation::None
-            || only_user(graph, &users, x).is_none()
-            || ![weight, bias, mean, var].into_iter().chain(convolution.inputs[1..].iter().copied()).all(fixed)
+            || only_user(graph, users, x).is_none()
+            || ![weight, bias, mean, var]
+                .into_iter()
+                .chain(convolution.inputs[1..].iter().copied())
+                .all(fixed)
         {
             continue;
         }
@@ -39,13 +43,15 @@ pub fn fold_batch_norm(graph: &mut Graph) -> crate::Result<usize> {
         // The scale belongs to the first dimension of the kernel, and broadcasting is over the last one.
         let shape = graph.meta(convolution.inputs[1]).shape.clone();
         let flat = vec![channels, product(&shape[1..])];
-        let w = graph.push(Op::Reshape(Reshape { shape: flat.clone() }), vec![convolution.inputs[1]], &scope)?;
+        let w =
+            graph.push(Op::Reshape(Reshape { shape: flat.clone() }), vec![convolution.inputs[1]], &scope)?;
         let turn = || Op::Permute(Permute { order: vec![1, 0] });
         let w = graph.push(turn(), vec![w], &scope)?;
         let w = graph.push(Op::Binary(Binary { kind: BinaryKind::Mul }), vec![w, scale], &scope)?;
         let w = graph.push(turn(), vec![w], &scope)?;
         let w = graph.push(Op::Reshape(Reshape { shape }), vec![w], &scope)?;
-        let folded = graph.push(Op::Conv(conv), vec![convolution.inputs[0], w, new_bias], &convolution.scope)?;
+        let folded =
+            graph.push(Op::Conv(conv), vec![convolution.inputs[0], w, new_bias], &convolution.scope)?;
         graph.replace(result_of(i), folded);
         applied += 1;
     }
@@ -58,8 +64,10 @@ pub fn fuse_conv_activation(graph: &mut Graph) -> crate::Result<usize> {
     for i in 0..graph.nodes.len() {
         let Op::Unary(Unary { kind }) = graph.nodes[i].op else { continue };
         let x = graph.nodes[i].inputs[0];
-        let (Some(activation), Op::Conv(mut conv)) = (element_wise(kind), graph.node(x).op.clone()) else { continue };
-        if conv.activation != Activation::None || only_user(graph, &graph.users(), x).is_none() {
+        let (Some(activation), Op::Conv(mut conv)) = (element_wise(kind), graph.node(x).op.clone()) else {
+            continue;
+        };
+        if conv.activation != Activation::None || only_user(graph, graph.users(), x).is_none() {
             continue;
         }
         conv.activation = activation;
@@ -80,4 +88,3 @@ pub(super) fn element_wise(kind: UnaryKind) -> Option<Activation> {
         _ => None,
     }
 }
-

@@ -14,7 +14,7 @@ fn sum(graph: &Graph, i: usize) -> Option<[Value; 2]> {
 /// `x · Wᵀ` becomes a [`Linear`] node, together with the bias that is added to it.
 pub fn fuse_bias(graph: &mut Graph) -> crate::Result<usize> {
     let mut applied = 0;
-    let users = graph.users();
+    let users = graph.users().to_vec();
     for i in 0..users.len() {
         let Op::MatMul(_) = graph.nodes[i].op else { continue };
         let [x, w] = *graph.nodes[i].inputs.as_slice() else { continue };
@@ -61,7 +61,7 @@ pub fn fuse_swiglu(graph: &mut Graph) -> crate::Result<usize> {
             continue;
         }
         let users = graph.users();
-        let fused = swiglu(graph, &users, a, c).or_else(|| swiglu(graph, &users, c, a));
+        let fused = swiglu(graph, users, a, c).or_else(|| swiglu(graph, users, c, a));
         if let Some((linear, inputs, scope)) = fused {
             let y = graph.push(Op::Linear(linear), inputs, &scope)?;
             graph.replace(result_of(i), y);
@@ -72,7 +72,12 @@ pub fn fuse_swiglu(graph: &mut Graph) -> crate::Result<usize> {
 }
 
 /// The fused layer for `silu(gate) * up`, where `activated` is the first factor.
-fn swiglu(graph: &Graph, users: &[Vec<usize>], activated: Value, up: Value) -> Option<(Linear, Vec<Value>, String)> {
+fn swiglu(
+    graph: &Graph,
+    users: &[Vec<usize>],
+    activated: Value,
+    up: Value,
+) -> Option<(Linear, Vec<Value>, String)> {
     let Op::Unary(silu) = &graph.node(activated).op else { return None };
     if element_wise(silu.kind) != Some(Activation::Silu) || only_user(graph, users, activated).is_none() {
         return None;
@@ -105,7 +110,12 @@ fn swiglu(graph: &Graph, users: &[Vec<usize>], activated: Value, up: Value) -> O
     if g_inputs[0] != u_inputs[0] || g.parts.len() != 1 || u.parts.len() != 1 {
         return None;
     }
-    let linear = Linear { parts: vec![g.parts[0], u.parts[0]], activation: Activation::SwiGlu, norm: None, residual: false };
+    let linear = Linear {
+        parts: vec![g.parts[0], u.parts[0]],
+        activation: Activation::SwiGlu,
+        norm: None,
+        residual: false,
+    };
     let inputs = g_inputs.iter().chain(&u_inputs[1..]).copied().collect();
     let scope = graph.node(gate).scope.rsplit_once('.').map_or("", |(s, _)| s).to_string();
     Some((linear, inputs, scope))
@@ -118,7 +128,8 @@ pub fn fuse_linear_activation(graph: &mut Graph) -> crate::Result<usize> {
         let Op::Unary(unary) = &graph.nodes[i].op else { continue };
         let x = graph.nodes[i].inputs[0];
         let users = graph.users();
-        let (Some(activation), Some((linear, inputs))) = (element_wise(unary.kind), plain_linear(graph, &users, x))
+        let (Some(activation), Some((linear, inputs))) =
+            (element_wise(unary.kind), plain_linear(graph, users, x))
         else {
             continue;
         };
@@ -140,7 +151,7 @@ pub fn fuse_linear_residual(graph: &mut Graph) -> crate::Result<usize> {
             continue;
         }
         let users = graph.users();
-        let found = [(b, a), (a, b)].into_iter().find(|(y, _)| plain_linear(graph, &users, *y).is_some());
+        let found = [(b, a), (a, b)].into_iter().find(|(y, _)| plain_linear(graph, users, *y).is_some());
         let Some((y, residual)) = found else { continue };
         let Op::Linear(linear) = graph.node(y).op.clone() else { continue };
         let mut inputs = graph.node(y).inputs.clone();

@@ -12,10 +12,13 @@ pub fn fuse_norm_add(graph: &mut Graph) -> crate::Result<usize> {
             continue;
         }
         let users = graph.users();
-        let found = [(r, y), (y, r)].into_iter().find_map(|(residual, normed)| match &graph.node(normed).op {
-            Op::RmsNorm(norm) if only_user(graph, &users, normed).is_some() => Some((residual, normed, norm.eps)),
-            _ => None,
-        });
+        let found =
+            [(r, y), (y, r)].into_iter().find_map(|(residual, normed)| match &graph.node(normed).op {
+                Op::RmsNorm(norm) if only_user(graph, users, normed).is_some() => {
+                    Some((residual, normed, norm.eps))
+                }
+                _ => None,
+            });
         let Some((residual, normed, eps)) = found else { continue };
         let mut inputs = vec![residual];
         inputs.extend(&graph.node(normed).inputs);
@@ -37,7 +40,7 @@ pub fn fuse_norm_linear(graph: &mut Graph) -> crate::Result<usize> {
             _ => continue,
         };
         let users = graph.users();
-        let Some(user) = only_user(graph, &users, result_of(i)) else { continue };
+        let Some(user) = only_user(graph, users, result_of(i)) else { continue };
         if graph.nodes[user].inputs[0] != result_of(i) {
             continue;
         }

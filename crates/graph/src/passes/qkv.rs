@@ -51,20 +51,20 @@ fn matched(graph: &Graph, i: usize, attention: &Attention) -> Option<Found> {
     let users = graph.users();
     let [q, k, v] = *graph.nodes[i].inputs.get(..3)? else { return None };
     let (heads, kv, d) = (attention.heads, attention.kv_heads, attention.head_dim);
-    let q = rows_of(graph, &users, q)?;
+    let q = rows_of(graph, users, q)?;
     let append_of = |x: Value| match &graph.node(x).op {
         Op::KvAppend(a) => Some((x.node(), graph.node(x).inputs[0], graph.node(x).inputs[1], a.at.clone())),
         _ => None,
     };
     let (k, v, states, appends) = match (append_of(k), append_of(v)) {
         (Some(ka), Some(va)) => {
-            if ka.3 != va.3 || [ka.0, va.0].iter().any(|&n| only_user(graph, &users, result_of(n)).is_none()) {
+            if ka.3 != va.3 || [ka.0, va.0].iter().any(|&n| only_user(graph, users, result_of(n)).is_none()) {
                 return None;
             }
-            let rows = (rows_of(graph, &users, ka.1)?, rows_of(graph, &users, va.1)?);
+            let rows = (rows_of(graph, users, ka.1)?, rows_of(graph, users, va.1)?);
             (rows.0, rows.1, Some((ka.2, va.2, ka.3)), vec![ka.0, va.0])
         }
-        (None, None) => (rows_of(graph, &users, k)?, rows_of(graph, &users, v)?, None, Vec::new()),
+        (None, None) => (rows_of(graph, users, k)?, rows_of(graph, users, v)?, None, Vec::new()),
         _ => return None,
     };
     let (table, layout) = q.rope?;

@@ -12,7 +12,8 @@ use crate::{Backend, Bindings, CpuBackend, Dim, GraphBuilder, Inputs, Outputs, V
 struct Invented;
 
 fn noise(name: &str, n: usize) -> Vec<f32> {
-    let mut state = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut state =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut next = || {
         state ^= state << 13;
         state ^= state >> 7;
@@ -73,7 +74,8 @@ fn run(graph: &Graph, bindings: &Bindings, segments: &[i32]) -> Outputs {
     for node in graph.nodes() {
         if let Op::Input(i) = &node.op {
             let (name, floats, whole) = given.iter().find(|(n, _, _)| *n == i.name).unwrap();
-            inputs = if i.meta.dtype == DType::F32 { inputs.f32(name, floats) } else { inputs.i32(name, whole) };
+            inputs =
+                if i.meta.dtype == DType::F32 { inputs.f32(name, floats) } else { inputs.i32(name, whole) };
         }
     }
     let mut state = program.new_state(bindings).unwrap();
@@ -371,8 +373,10 @@ fn conv_net(g: &mut GraphBuilder<'_>) -> Value {
         let w = weight(g, &format!("{name}.w"), &shape);
         let b = weight(g, &format!("{name}.b"), &[shape[0]]);
         let y = g.conv_by(x, w, b, [stride, 1], [1, 0], groups).unwrap();
-        let parts: Vec<Value> =
-            ["weight", "bias", "mean", "var"].iter().map(|p| weight(g, &format!("{name}.{p}"), &[shape[0]])).collect();
+        let parts: Vec<Value> = ["weight", "bias", "mean", "var"]
+            .iter()
+            .map(|p| weight(g, &format!("{name}.{p}"), &[shape[0]]))
+            .collect();
         let y = g.batch_norm_by(y, [parts[0], parts[1], parts[2], parts[3]], 1e-3).unwrap();
         g.unary(act, y).unwrap()
     };
@@ -411,4 +415,27 @@ fn every_pass_of_the_list_runs_and_keeps_the_results() {
     for build in [cached_attention, segment_attention, conv_net] {
         check(build, &all);
     }
+}
+
+#[test]
+fn the_users_of_every_node_stay_counted_while_passes_rewrite() {
+    let mut rewritten = 0;
+    for build in [cached_attention, segment_attention, conv_net] {
+        let mut builder = GraphBuilder::new(&Invented);
+        let y = build(&mut builder);
+        builder.output("y", y);
+        let mut graph = builder.finish();
+        for (name, pass) in ALL {
+            rewritten += pass(&mut graph).unwrap();
+            let mut wanted = vec![Vec::new(); graph.nodes.len()];
+            for (i, node) in graph.nodes.iter().enumerate() {
+                node.inputs.iter().for_each(|v| wanted[v.node()].push(i));
+            }
+            let mut users = graph.users().to_vec();
+            users.iter_mut().for_each(|u| u.sort_unstable());
+            assert_eq!(users, wanted, "after {name}");
+            graph.prune_and_sort();
+        }
+    }
+    assert!(rewritten > 10, "only {rewritten} places were rewritten");
 }

@@ -4,7 +4,7 @@
 //! `s` stride, `p` padding, `e` dilation; `c'` is channel `c` of the group that `o` belongs to. One dimension is the
 //! same with `h = kh = 1`.
 
-use super::gemm::{Finish, Panels, gemm};
+use super::gemm::{Finish, Panels, chunk_columns, gemm};
 use super::tile::panel_columns;
 use super::{SharedMut, count, expect, for_rows};
 use crate::simd::Simd;
@@ -159,7 +159,7 @@ pub fn conv2d(
             let bias = bias.map(|b| &b[output..output + per_out]);
             let store = Store { y: out, first: (n * conv.outputs + output) * positions, positions, bias };
             let weight = &weight[output * k..][..per_out * k];
-            gemm(cpu, weight, k, [per_out, k, positions], &columns, &store)?;
+            gemm(cpu, weight, k, [per_out, k, positions], chunk_columns(cpu, positions), &columns, &store)?;
         }
     }
     Ok(())

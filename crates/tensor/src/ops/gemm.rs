@@ -9,11 +9,17 @@ use super::tile::{Block, Tiles, pack_rows, panel_columns, tile_rows};
 use crate::simd::{Isa, Kernel, Simd};
 use crate::{Cpu, Result};
 
-/// Columns of one task.
-pub(crate) const CHUNK: usize = 128;
+/// Most columns of one task: each packed row is used for so many columns before it is fetched again.
+const MAX_CHUNK: usize = 256;
+/// Fewest, for products too narrow to give every thread wider ones.
+const MIN_CHUNK: usize = 64;
 /// Steps of `k` between two uses of the same sums: a panel (128 x 32 floats) stays in the first-level cache with a
 /// packed tile of rows; a packed chunk, the rows and the sums of a block stay in the second.
 const KC: usize = 128;
+/// The same for few rows, where fetching weights matters most: long pieces of each weight row.
+const LONG_KC: usize = 256;
+/// How many rows are few.
+const FEW_ROWS: usize = 128;
 /// Floats of packed `x`: beyond it, rows are worked on in several blocks.
 const PACKED_FLOATS: usize = 2 << 20;
 /// Most rows of one block.
@@ -38,6 +44,20 @@ pub(crate) trait Finish: Sync {
     fn finish<S: Simd>(&self, s: S, row: usize, column: usize, sums: &[f32]);
 }
 
+/// Steps of `k` for a block of rows.
+fn steps(rows: usize, k: usize) -> usize {
+    k.min(if rows <= FEW_ROWS { LONG_KC } else { KC })
+}
+
+/// Columns of one task for a product of `n`: at least four tasks a thread if that is possible. Sums do not depend on it.
+pub(crate) fn chunk_columns(cpu: &Cpu, n: usize) -> usize {
+    let mut chunk = MAX_CHUNK;
+    while chunk > MIN_CHUNK && n < chunk * cpu.threads() * 4 {
+        chunk /= 2;
+    }
+    chunk
+}
+
 /// Rows that are packed at a time.
 fn block_rows(isa: Isa, m: usize, k: usize) -> usize {
     let mr = tile_rows(isa.width());
@@ -45,10 +65,14 @@ fn block_rows(isa: Isa, m: usize, k: usize) -> usize {
     m.div_ceil(m.div_ceil(most.max(mr)).max(1))
 }
 
-/// Floats of scratch: packed rows, and for each thread packed panels and sums.
+/// Floats of scratch for the widest products: packed rows, and for each thread packed panels and sums.
 pub(crate) fn scratch_floats(cpu: &Cpu, m: usize, k: usize) -> usize {
+    scratch_of(cpu, m, k, MAX_CHUNK)
+}
+
+fn scratch_of(cpu: &Cpu, m: usize, k: usize, chunk: usize) -> usize {
     let rows = block_rows(cpu.isa(), m, k);
-    rows * k + 16 + cpu.threads() * (KC.min(k) * CHUNK + rows * CHUNK)
+    (rows * k).next_multiple_of(16) + cpu.threads() * (steps(rows, k) + rows) * chunk
 }
 
 struct Pack<'a, P> {
@@ -66,7 +90,7 @@ impl<P: Panels> Kernel for Pack<'_, P> {
     fn run<S: Simd>(self, s: S) {
         let nr = panel_columns(S::WIDTH);
         for i in 0..self.count {
-            // SAFETY: the task's panel buffer has room for `CHUNK / NR` panels.
+            // SAFETY: the task's panel buffer has room for a chunk's panels.
             unsafe {
                 self.panels.pack(s, self.column + i * nr, self.k0, self.kc, self.dst.add(i * nr * self.kc))
             };
@@ -93,12 +117,13 @@ impl<F: Finish> Kernel for FinishRows<'_, F> {
     }
 }
 
-/// Multiplies `m` rows of `k`, `x_stride` floats apart, with `n` columns.
+/// Multiplies `m` rows of `k`, `x_stride` floats apart, with `n` columns, in chunks of [`chunk_columns`].
 pub(crate) fn gemm<P: Panels, F: Finish>(
     cpu: &Cpu,
     x: &[f32],
     x_stride: usize,
     [m, k, n]: [usize; 3],
+    columns: usize,
     panels: &P,
     finish: &F,
 ) -> Result<()> {
@@ -108,12 +133,13 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
     let isa = cpu.isa();
     let nr = panel_columns(isa.width());
     let rows = block_rows(isa, m, k);
-    let mut scratch = cpu.scratch(scratch_floats(cpu, m, k))?;
+    let mut scratch = cpu.scratch(scratch_of(cpu, m, k, columns))?;
     let packed_len = (rows * k).next_multiple_of(16);
     let (packed, rest) = scratch.split_at_mut(packed_len);
     let (packed, rest) = (SharedMut::new(packed), SharedMut::new(rest));
-    let chunks = n.div_ceil(CHUNK);
-    let share = KC.min(k) * CHUNK + rows * CHUNK;
+    let chunks = n.div_ceil(columns);
+    let most_steps = steps(rows, k);
+    let share = (most_steps + rows) * columns;
 
     for first_row in (0..m).step_by(rows) {
         let rows = rows.min(m - first_row);
@@ -126,15 +152,16 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
             unsafe { pack_rows(src, x_stride, mr, k, packed.at(start * k)) };
         });
         cpu.parallel_slots(chunks, &|slot, chunk| {
-            let column = chunk * CHUNK;
-            let count = CHUNK.min(n - column).div_ceil(nr);
+            let column = chunk * columns;
+            let count = columns.min(n - column).div_ceil(nr);
             let b = rest.at(slot * share);
-            let sums = rest.at(slot * share + KC.min(k) * CHUNK);
+            let sums = rest.at(slot * share + most_steps * columns);
             let mut k0 = 0;
             loop {
-                let kc = KC.min(k - k0);
+                let kc = most_steps.min(k - k0);
                 isa.run(Pack { panels, column, count, k0, kc, dst: b });
-                let (next_column, next_k) = if k0 + kc < k { (column, k0 + kc) } else { (column + CHUNK, 0) };
+                let (next_column, next_k) =
+                    if k0 + kc < k { (column, k0 + kc) } else { (column + columns, 0) };
                 let (next, next_rows, next_stride, next_bytes) = if next_column < n {
                     panels.stored(next_column, next_k, kc)
                 } else {
@@ -149,7 +176,7 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
                     b,
                     panels: count,
                     c: sums,
-                    c_stride: CHUNK,
+                    c_stride: columns,
                     first: k0 == 0,
                     next,
                     next_rows,
@@ -162,8 +189,8 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
                 }
             }
             // SAFETY: this slot's sums, written above as far as columns exist.
-            let sums = unsafe { rest.slice(slot * share + KC.min(k) * CHUNK..slot * share + share) };
-            isa.run(FinishRows { finish, first_row, column, sums: &sums[..rows * CHUNK], chunk: CHUNK });
+            let sums = unsafe { rest.slice(slot * share + most_steps * columns..slot * share + share) };
+            isa.run(FinishRows { finish, first_row, column, sums: &sums[..rows * columns], chunk: columns });
         });
     }
     Ok(())

@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use super::gemm::{Finish, Panels, gemm};
+use super::gemm::{Finish, Panels, chunk_columns, gemm};
 use super::tile::panel_columns;
 use super::{SharedMut, expect};
 use crate::simd::Simd;
@@ -48,7 +48,7 @@ pub fn matmul(
     let one = |z: usize| {
         let panels = Matrix { b: &b[z * k * n..][..k * n], layout, k, n };
         let store = Store { y: out, first: z * m * n, n };
-        gemm(cpu, &a[z * m * k..][..m * k], k, [m, k, n], &panels, &store)
+        gemm(cpu, &a[z * m * k..][..m * k], k, [m, k, n], chunk_columns(cpu, n), &panels, &store)
     };
     if batch < 2 * cpu.threads() {
         return (0..batch).try_for_each(one);

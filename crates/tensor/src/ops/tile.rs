@@ -47,14 +47,7 @@ pub(crate) const PACKED: usize = 0;
 /// # Safety
 /// Those elements are readable and writable.
 #[inline(always)]
-pub(crate) unsafe fn pack_rows(
-    src: *const f32,
-    stride: usize,
-    mr: usize,
-    k: usize,
-    scale: f32,
-    dst: *mut f32,
-) {
+pub(crate) unsafe fn pack_rows(src: *const f32, stride: usize, mr: usize, k: usize, dst: *mut f32) {
     for p in 0..k {
         for r in 0..mr {
             // SAFETY: the caller's promise.

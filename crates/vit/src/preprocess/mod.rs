@@ -18,7 +18,7 @@ mod resize;
 pub use config::PreprocessConfig;
 pub use coordinates::{DevicePoint, to_device_pixels};
 pub use decode::{DecodeLimits, Image};
-pub use patchify::{Pixels, patchify, preprocess_image, preprocess_video, visual_tokens};
+pub use patchify::{Pixels, patchify, preprocess_image, preprocess_video, resized_size, visual_tokens};
 pub use positions::{VisionPositions, vision_positions};
 pub use resize::{resize_bicubic_u8, smart_resize};
 

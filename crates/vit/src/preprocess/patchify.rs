@@ -44,12 +44,14 @@ pub fn preprocess_video(frames: &[Image], cfg: &PreprocessConfig) -> Result<Pixe
     patchify(&resized, cfg)
 }
 
+/// Height and width of a picture of `h` x `w` pixels as the encoder will see it: known before any pixel is touched.
+/// A still picture counts as `temporal_patch_size` frames.
+pub fn resized_size(frames: usize, h: usize, w: usize, cfg: &PreprocessConfig) -> Result<(usize, usize)> {
+    if cfg.do_resize { smart_resize(frames, h, w, cfg) } else { Ok((h, w)) }
+}
+
 fn resize(image: &Image, frames: usize, cfg: &PreprocessConfig) -> Result<Image> {
-    let (h, w) = if cfg.do_resize {
-        smart_resize(frames, image.height(), image.width(), cfg)?
-    } else {
-        (image.height(), image.width())
-    };
+    let (h, w) = resized_size(frames, image.height(), image.width(), cfg)?;
     resize_bicubic_u8(image, h, w)
 }
 

@@ -218,8 +218,10 @@ impl Kernel for Run<'_> {
                     for panel in 0..seen.div_ceil(nr) {
                         let (b, c) = (k.add(panel * nr * d), scores.add(panel * nr));
                         let panels = seen.div_ceil(nr);
-                        let (a, ahead) =
-                            (q.add(start * d), soon.part(t * panels + panel, tiles.count * panels));
+                        let (a, ahead) = (
+                            q.add(start * d),
+                            soon.part(soon.keys, t * panels + panel, tiles.count * panels),
+                        );
                         s.tile::<PACKED>(Tile { mr, k: d, a, b, c, c_stride: BK, first: true, ahead });
                     }
                     for r in 0..mr {
@@ -235,7 +237,9 @@ impl Kernel for Run<'_> {
                     }
                     for panel in 0..padded / nr {
                         let (b, c) = (v.add(panel * nr * count), sums.add(start * padded + panel * nr));
-                        let (a, ahead) = (scores, Ahead::none());
+                        let panels = padded / nr;
+                        let (a, ahead) =
+                            (scores, soon.part(soon.values, t * panels + panel, tiles.count * panels));
                         s.tile::<BK>(Tile { mr, k: seen, a, b, c, c_stride: padded, first: false, ahead });
                     }
                 }
@@ -280,15 +284,17 @@ impl Soon {
         Soon { keys: at(a.k, a.k_stride), values: at(a.v, a.v_stride), rows }
     }
 
-    /// The share of call `call` of `calls`.
+    /// The share of call `call` of `calls` of one of both. Keys are asked for while scores are computed and values while
+    /// they are used, so that memory is busy all the time.
     #[inline(always)]
-    fn part(&self, call: usize, calls: usize) -> Ahead {
+    fn part(&self, of: Lines, call: usize, calls: usize) -> Ahead {
         let rows = self.rows.div_ceil(calls);
         if call * rows >= self.rows {
             return Ahead::none();
         }
-        let from = |l: &Lines| Lines { base: l.base.wrapping_add(call * rows * l.stride), ..*l };
-        Ahead { both: [from(&self.keys), from(&self.values)], lines: rows << self.keys.shift }
+        let base = of.base.wrapping_add(call * rows * of.stride);
+        let nothing_else = Lines { base, stride: 0, shift: 0 };
+        Ahead { both: [Lines { base, ..of }, nothing_else], lines: rows << of.shift }
     }
 
     /// Asks for everything at once.
@@ -408,7 +414,8 @@ unsafe fn pack_values<S: Simd>(s: S, src: *const f32, stride: usize, count: usiz
         for c in (0..d.next_multiple_of(nr)).step_by(S::WIDTH) {
             // SAFETY: no more than `d` components are read; the row of a panel is written.
             unsafe {
-                let v = s.load_n(src.add(j * stride).wrapping_add(c), d.saturating_sub(c).min(S::WIDTH));
+                let row = src.add(j * stride).wrapping_add(c);
+                let v = if c + S::WIDTH <= d { s.load(row) } else { s.load_n(row, d.saturating_sub(c)) };
                 s.store(dst.add((c / nr * count + j) * nr + c % nr), v);
             }
         }

@@ -71,6 +71,9 @@ fn check_heads(a: &Attention<'_>) -> Result<()> {
 fn check(a: &Attention<'_>, out: &[f32]) -> Result<()> {
     check_heads(a)?;
     let (q_width, k_width) = (count(OP, "q", &[a.h, a.d])?, count(OP, "k", &[a.kvh, a.d])?);
+    if u32::try_from(a.t).is_err() {
+        return Err(Error::Value { op: OP, what: format!("{} queries, the most is {}", a.t, u32::MAX) });
+    }
     expect_strided(OP, "q", a.t, q_width, a.q_stride, a.q.len())?;
     expect_strided(OP, "k", a.s, k_width, a.k_stride, a.k.len())?;
     expect_strided(OP, "v", a.s, k_width, a.v_stride, a.v.len())?;
@@ -83,7 +86,14 @@ fn check(a: &Attention<'_>, out: &[f32]) -> Result<()> {
         Mask::Segments(bounds) => {
             let ends = bounds.first() == Some(&0) && bounds.last().is_some_and(|&b| b as usize == a.t);
             if a.t != a.s || !ends || !bounds.is_sorted() {
-                let what = format!("segment boundaries {bounds:?} for {} queries and {} keys", a.t, a.s);
+                let what = format!(
+                    "{} segment boundaries from {:?} to {:?} for {} queries and {} keys",
+                    bounds.len(),
+                    bounds.first(),
+                    bounds.last(),
+                    a.t,
+                    a.s
+                );
                 return Err(Error::Value { op: OP, what });
             }
             Ok(())

@@ -1,4 +1,5 @@
-//! A few rows of `x`: every weight row is read once, in order, and multiplied with all of them.
+//! A few rows of `x`: every weight row is read once, in order, and multiplied with all of them. With more than one row
+//! of `x` several weight rows go side by side, because `x` is fetched anew for each group of them.
 
 use half::{bf16, f16};
 
@@ -8,11 +9,9 @@ use crate::simd::{Element, Kernel, Simd};
 use crate::{Cpu, Weight};
 
 /// Most rows of `x` that this is used for.
-pub(super) const MAX_M: usize = 4;
+pub(super) const MAX_M: usize = 8;
 /// Weight rows of one task; an even number.
 pub(super) const CHUNK: usize = 32;
-/// Vectors that are summed side by side, so that additions do not wait for each other.
-const UNROLL: usize = 4;
 /// Bytes between what is read and what is asked for.
 const AHEAD: usize = 2048;
 
@@ -29,19 +28,31 @@ impl Kernel for Dots<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.m {
-            1 => self.of::<S, 1>(s),
-            2 => self.of::<S, 2>(s),
-            3 => self.of::<S, 3>(s),
-            _ => self.of::<S, 4>(s),
+        // Enough sums side by side that additions do not wait for each other, few enough for the registers.
+        match (self.m, S::WIDTH >= 16 || S::WIDTH == 4) {
+            (1, _) => self.of::<S, 1, 4, 2>(s),
+            (2, true) => self.of::<S, 2, 4, 2>(s),
+            (3, true) => self.of::<S, 3, 4, 1>(s),
+            (4, true) => self.of::<S, 4, 4, 1>(s),
+            (5, true) => self.of::<S, 5, 4, 1>(s),
+            (6, true) => self.of::<S, 6, 4, 1>(s),
+            (7, true) => self.of::<S, 7, 3, 1>(s),
+            (8, true) => self.of::<S, 8, 3, 1>(s),
+            (2, false) => self.of::<S, 2, 2, 2>(s),
+            (3, false) => self.of::<S, 3, 2, 1>(s),
+            (4, false) => self.of::<S, 4, 2, 1>(s),
+            (5, false) => self.of::<S, 5, 2, 1>(s),
+            (6, false) => self.of::<S, 6, 1, 1>(s),
+            (7, false) => self.of::<S, 7, 1, 1>(s),
+            _ => self.of::<S, 8, 1, 1>(s),
         }
     }
 }
 
 impl Dots<'_> {
+    /// `M` rows of `x` with `R` weight rows at a time, `U` vectors of each.
     #[inline(always)]
-    fn of<S: Simd, const M: usize>(self, s: S) {
-        let k = self.rows.k;
+    fn of<S: Simd, const M: usize, const R: usize, const U: usize>(self, s: S) {
         let mut c = 0;
         while c < CHUNK {
             let (row, count) = self.rows.run(self.column + c);
@@ -50,20 +61,29 @@ impl Dots<'_> {
                 continue;
             };
             let count = count.min(rows).min(CHUNK - c);
-            for r in 0..count {
-                let at = (row + r) * k;
-                // SAFETY: rows of `k` elements inside the part and inside `x`, both checked.
-                let dots = unsafe {
-                    match part.weight {
-                        Weight::F32(v) => dot::<S, f32, M>(s, v.as_ptr().add(at), self.x.as_ptr(), k),
-                        Weight::F16(v) => dot::<S, f16, M>(s, v.as_ptr().add(at).cast(), self.x.as_ptr(), k),
-                        Weight::BF16(v) => {
-                            dot::<S, bf16, M>(s, v.as_ptr().add(at).cast(), self.x.as_ptr(), k)
-                        }
+            let k = self.rows.k;
+            let sums = &mut self.sums[c..];
+            // SAFETY: `count` rows of `k` elements from `row` inside the part, whose size was checked.
+            unsafe {
+                match part.weight {
+                    Weight::F32(v) => {
+                        rows_of::<S, f32, M, R, U>(
+                            s,
+                            v.as_ptr().add(row * k),
+                            count,
+                            self.x.as_ptr(),
+                            k,
+                            sums,
+                        );
                     }
-                };
-                for i in 0..M {
-                    self.sums[i * CHUNK + c + r] = dots[i];
+                    Weight::F16(v) => {
+                        let w = v.as_ptr().add(row * k).cast::<f16>();
+                        rows_of::<S, f16, M, R, U>(s, w, count, self.x.as_ptr(), k, sums);
+                    }
+                    Weight::BF16(v) => {
+                        let w = v.as_ptr().add(row * k).cast::<bf16>();
+                        rows_of::<S, bf16, M, R, U>(s, w, count, self.x.as_ptr(), k, sums);
+                    }
                 }
             }
             c += count;
@@ -71,45 +91,95 @@ impl Dots<'_> {
     }
 }
 
-/// `w . x[i]` for `M` rows of `x`.
+/// `sums[i * CHUNK + r] = w[r] . x[i]` for `r < count`, `i < M`.
 ///
 /// # Safety
-/// `k` elements at `w`, `M * k` at `x`.
+/// `count` rows of `k` elements at `w`, `M` at `x`.
 #[inline(always)]
-unsafe fn dot<S: Simd, E: Element, const M: usize>(s: S, w: *const E, x: *const f32, k: usize) -> [f32; M] {
-    let mut sums = [[s.splat(0.0); UNROLL]; M];
-    let step = UNROLL * S::WIDTH;
+unsafe fn rows_of<S: Simd, E: Element, const M: usize, const R: usize, const U: usize>(
+    s: S,
+    w: *const E,
+    count: usize,
+    x: *const f32,
+    k: usize,
+    sums: &mut [f32],
+) {
+    let mut r = 0;
+    while r < count {
+        // SAFETY: rows from `r`, as many as are left of `R`.
+        unsafe {
+            if r + R <= count {
+                let dots = dot::<S, E, M, R, U>(s, w.add(r * k), x, k);
+                for (i, dots) in dots.iter().enumerate() {
+                    sums[i * CHUNK + r..i * CHUNK + r + R].copy_from_slice(dots);
+                }
+                r += R;
+            } else {
+                let dots = dot::<S, E, M, 1, U>(s, w.add(r * k), x, k);
+                for (i, dots) in dots.iter().enumerate() {
+                    sums[i * CHUNK + r] = dots[0];
+                }
+                r += 1;
+            }
+        }
+    }
+}
+
+/// `w[r] . x[i]` for `M` rows of `x` and `R` rows of `w`.
+///
+/// # Safety
+/// `R * k` elements at `w`, `M * k` at `x`.
+#[inline(always)]
+unsafe fn dot<S: Simd, E: Element, const M: usize, const R: usize, const U: usize>(
+    s: S,
+    w: *const E,
+    x: *const f32,
+    k: usize,
+) -> [[f32; R]; M] {
+    let mut sums = [[[s.splat(0.0); U]; R]; M];
+    let step = U * S::WIDTH;
     let mut p = 0;
     // SAFETY: the caller's promise; prefetched addresses may lie anywhere.
     unsafe {
         while p + step <= k {
-            let ahead = w.add(p).cast::<u8>().wrapping_add(AHEAD);
-            let mut line = 0;
-            while line < step * size_of::<E>() {
-                s.prefetch(ahead.wrapping_add(line));
-                line += 64;
-            }
-            for u in 0..UNROLL {
-                let v = E::load(s, w.add(p + u * S::WIDTH));
+            for u in 0..U {
+                let at = p + u * S::WIDTH;
+                let mut v = [s.splat(0.0); R];
+                for r in 0..R {
+                    let row = w.add(r * k + at);
+                    v[r] = E::load(s, row);
+                    // A line of 16-bit elements is asked for twice; that is cheaper than to find out.
+                    s.prefetch(row.cast::<u8>().wrapping_add(AHEAD));
+                }
                 for i in 0..M {
-                    sums[i][u] = s.fma(v, s.load(x.add(i * k + p + u * S::WIDTH)), sums[i][u]);
+                    let x = s.load(x.add(i * k + at));
+                    for r in 0..R {
+                        sums[i][r][u] = s.fma(v[r], x, sums[i][r][u]);
+                    }
                 }
             }
             p += step;
         }
         while p < k {
             let n = (k - p).min(S::WIDTH);
-            let v = E::load_n(s, w.add(p), n);
-            for i in 0..M {
-                sums[i][0] = s.fma(v, s.load_n(x.add(i * k + p), n), sums[i][0]);
+            for r in 0..R {
+                let v = E::load_n(s, w.add(r * k + p), n);
+                for i in 0..M {
+                    sums[i][r][0] = s.fma(v, s.load_n(x.add(i * k + p), n), sums[i][r][0]);
+                }
             }
             p += n;
         }
     }
-    let mut out = [0.0; M];
+    let mut out = [[0.0; R]; M];
     for i in 0..M {
-        let pairs = (s.add(sums[i][0], sums[i][1]), s.add(sums[i][2], sums[i][3]));
-        out[i] = s.reduce_add(s.add(pairs.0, pairs.1));
+        for r in 0..R {
+            let mut sum = sums[i][r][0];
+            for u in 1..U {
+                sum = s.add(sum, sums[i][r][u]);
+            }
+            out[i][r] = s.reduce_add(sum);
+        }
     }
     out
 }

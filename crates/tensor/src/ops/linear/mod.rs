@@ -93,14 +93,15 @@ pub fn linear(
     });
     let few = m <= gemv::MAX_M;
     let swiglu = epilogue == Epilogue::SwiGlu;
-    let rows = Rows { parts, k, n, chunk: if few { gemv::CHUNK } else { gemm::CHUNK }, swiglu };
+    let rows =
+        Rows { parts, k, n, chunk: if few { gemv::CHUNK } else { gemm::chunk_columns(cpu, n) }, swiglu };
     let outputs = y.len() / m;
     let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y: SharedMut::new(y), outputs };
     if few {
         gemv::gemv(cpu, x, m, &rows, &store);
         return Ok(());
     }
-    gemm(cpu, x, k, [m, k, rows.columns()], &rows, &store)
+    gemm(cpu, x, k, [m, k, rows.columns()], rows.chunk, &rows, &store)
 }
 
 /// The most scratch memory, in bytes, that [`linear`] takes from the context for `m` rows of `k` on `cpu`.
