@@ -5,7 +5,7 @@ use pocketglm_checkpoint::first_non_finite;
 use pocketglm_glm::Sampling;
 use pocketglm_graph::{Backend, CpuBackend, Graph, Program};
 use pocketglm_tensor::{Cpu, WeightSource};
-use pocketglm_vit::preprocess::{PreprocessConfig, smart_resize};
+use pocketglm_vit::preprocess::{PreprocessConfig, resized_size};
 
 use crate::model::{Model, ModelInfo};
 use crate::plan::{RunSize, plan};
@@ -170,6 +170,6 @@ fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
 
 /// Patches of a still picture of this size.
 fn patches(config: &PreprocessConfig, width: usize, height: usize) -> Result<usize> {
-    let (h, w) = smart_resize(config.temporal_patch_size(), height, width, config)?;
+    let (h, w) = resized_size(config.temporal_patch_size(), height, width, config)?;
     Ok((h / config.patch_size()) * (w / config.patch_size()))
 }

@@ -103,7 +103,7 @@ impl TextConfig {
         Ok(TextConfig {
             vocab_size: f.required("vocab_size", 1..=1 << 24)?,
             hidden_size,
-            num_hidden_layers: f.required("num_hidden_layers", 1..=4096)?,
+            num_hidden_layers: f.required("num_hidden_layers", 1..=512)?,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,

@@ -40,7 +40,7 @@ impl VisionConfig {
         let patch_size = f.required("patch_size", 1..=256)?;
         let image_size = f.required("image_size", 1..=65_536)?;
         let config = VisionConfig {
-            depth: f.required("depth", 0..=1024)?,
+            depth: f.required("depth", 0..=512)?,
             hidden_size: f.required("hidden_size", 4..=65_536)?,
             num_heads: f.required("num_heads", 1..=1024)?,
             patch_size,
