@@ -45,7 +45,7 @@ pub struct GenerateArgs {
     /// Print one JSON object instead of the text.
     #[arg(long)]
     json: bool,
-    /// Screen of the device: also shows each [x,y] of the answer as a pixel of it.
+    /// Screen of the device: also shows each point of the answer as a pixel of it.
     #[arg(long, value_name = "WxH", value_parser = screen)]
     device_size: Option<(u32, u32)>,
     #[command(flatten)]
