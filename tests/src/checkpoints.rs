@@ -333,8 +333,8 @@ fn what_the_config_must_say_is_asked_for() {
         &|c| c["text_config"]["hidden_size"] = json!(1u64 << 40),
         &["text_config.hidden_size", "1099511627776"],
     );
-    check(&|c| c["text_config"]["num_hidden_layers"] = json!(1024), &["13286 missing"]);
-    check(&|c| c["vision_config"]["depth"] = json!(1024), &["missing", "model.visual.blocks"]);
+    check(&|c| c["text_config"]["num_hidden_layers"] = json!(512), &["6630 missing"]);
+    check(&|c| c["vision_config"]["depth"] = json!(512), &["missing", "model.visual.blocks"]);
     check(&|c| c["text_config"]["rope_parameters"]["rope_type"] = json!("yarn"), &["rope_type", "yarn"]);
     check(&|c| c["text_config"]["hidden_act"] = json!("gelu"), &["hidden_act", "gelu"]);
     check(&|c| c["image_token_id"] = json!(5), &["<|image|>", "5"]);
