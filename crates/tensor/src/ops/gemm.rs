@@ -10,12 +10,12 @@ use crate::simd::{Isa, Kernel, Simd};
 use crate::{Cpu, Result};
 
 /// Most columns of one task: each packed row is used for so many columns before it is fetched again.
-const MAX_CHUNK: usize = 256;
+const MAX_CHUNK: usize = 128;
 /// Fewest, for products too narrow to give every thread wider ones.
 const MIN_CHUNK: usize = 64;
 /// Steps of `k` between two uses of the same sums: a panel (128 x 32 floats) stays in the first-level cache with a
 /// packed tile of rows; a packed chunk, the rows and the sums of a block stay in the second.
-const KC: usize = 128;
+const KC: usize = 256;
 /// The same for few rows, where fetching weights matters most: long pieces of each weight row.
 const LONG_KC: usize = 256;
 /// How many rows are few.
