@@ -96,6 +96,7 @@ impl Engine {
         let patches = |p: &crate::prompt::Encodable| p.pixels.grid.iter().product::<usize>();
         let context = prompt.ids.len().saturating_add(max_new_tokens).min(model.context(&self.inner.options));
         let size = RunSize {
+            tokens: context,
             context: crate::session::capacity(context, model.context(&self.inner.options)),
             chunk: self.inner.options.prefill_chunk.min(prompt.ids.len()),
             patches: prompt.pictures.iter().map(|p| patches(p)).max().unwrap_or(0),
@@ -165,7 +166,14 @@ impl Engine {
 
 fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
     let context = model.context(options);
-    RunSize { context, chunk: options.prefill_chunk.min(context), patches: 0, all_patches: 0, pixels: 0 }
+    RunSize {
+        tokens: context,
+        context,
+        chunk: options.prefill_chunk.min(context),
+        patches: 0,
+        all_patches: 0,
+        pixels: 0,
+    }
 }
 
 /// Patches of a still picture of this size.

@@ -14,8 +14,9 @@ const PROGRAM_BYTES: u64 = 8 << 20;
 /// Bytes of tables, and of work while they are made, per byte of `tokenizer.json`: the same command on a checkpoint with
 /// a vocabulary of 151,552, less the program's own bytes.
 const TOKENIZER_FACTOR: u64 = 4;
-/// Bytes of a mapped file that Linux brings in around a page that is touched (`fault_around_bytes`).
-const FAULT_AROUND_BYTES: u64 = 64 << 10;
+/// Bytes of a cached file that Linux maps around a page that is touched: the growth of the peak with the prompt's tokens
+/// in `pocketglm bench` (Linux 6.18, whose cache has large pages), less the row itself.
+const FAULT_AROUND_BYTES: u64 = 352 << 10;
 
 /// One part of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +71,8 @@ impl fmt::Display for MemoryPlan {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RunSize {
     /// Tokens of prompt and answer.
+    pub tokens: usize,
+    /// Tokens that the KV cache has room for.
     pub context: usize,
     /// Tokens of the largest prefill step.
     pub chunk: usize,
@@ -113,7 +116,7 @@ pub(crate) fn plan(model: &Model, cpu: &Cpu, size: &RunSize) -> Result<MemoryPla
         MemoryUse { name: "program", bytes: PROGRAM_BYTES },
         MemoryUse { name: "tokenizer", bytes: model.tokenizer_bytes * TOKENIZER_FACTOR },
         MemoryUse { name: "decoder weights", bytes: text.weights + text.converted },
-        MemoryUse { name: "embedding rows", bytes: gathered_bytes(model, size.context, text.gathered) },
+        MemoryUse { name: "embedding rows", bytes: gathered_bytes(model, size.tokens, text.gathered) },
         MemoryUse { name: "KV cache", bytes: text.states },
         MemoryUse { name: "decoder activations", bytes: text.activations },
     ];
