@@ -1,6 +1,6 @@
 //! Choosing the next token from logits.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::{Error, Result};
 
@@ -73,7 +73,7 @@ pub struct Sampler {
     /// Times that each token was generated.
     generated: HashMap<u32, u32>,
     /// Tokens of prompt and answer, for the repetition penalty.
-    seen: HashMap<u32, ()>,
+    seen: HashSet<u32>,
 }
 
 impl Sampler {
@@ -84,9 +84,9 @@ impl Sampler {
     pub fn new(settings: Sampling, prompt: &[u32]) -> Result<Sampler> {
         settings.validate()?;
         let seen = if settings.repetition_penalty == 1.0 {
-            HashMap::new()
+            HashSet::new()
         } else {
-            prompt.iter().map(|&t| (t, ())).collect()
+            prompt.iter().copied().collect()
         };
         Ok(Sampler { random: settings.seed, settings, generated: HashMap::new(), seen })
     }
@@ -104,13 +104,13 @@ impl Sampler {
         let token = u32::try_from(token).map_err(|_| Error::TooLong)?;
         *self.generated.entry(token).or_insert(0) += 1;
         if self.settings.repetition_penalty != 1.0 {
-            self.seen.insert(token, ());
+            self.seen.insert(token);
         }
         Ok(token)
     }
 
     fn penalise(&self, logits: &mut [f32]) {
-        for token in self.seen.keys() {
+        for token in &self.seen {
             if let Some(l) = logits.get_mut(*token as usize) {
                 *l = if *l > 0.0 {
                     *l / self.settings.repetition_penalty

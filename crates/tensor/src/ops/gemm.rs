@@ -13,13 +13,9 @@ use crate::{Cpu, Result};
 const MAX_CHUNK: usize = 128;
 /// Fewest, for products too narrow to give every thread wider ones.
 const MIN_CHUNK: usize = 64;
-/// Steps of `k` between two uses of the same sums: a panel (128 x 32 floats) stays in the first-level cache with a
-/// packed tile of rows; a packed chunk, the rows and the sums of a block stay in the second.
+/// Steps of `k` between two uses of the same sums: a panel (256 x 32 floats) stays in the first-level cache while the
+/// rows stream past it; a packed chunk, the rows and the sums of a block stay in the second.
 const KC: usize = 256;
-/// The same for few rows, where fetching weights matters most: long pieces of each weight row.
-const LONG_KC: usize = 256;
-/// How many rows are few.
-const FEW_ROWS: usize = 128;
 /// Floats of packed `x`: beyond it, rows are worked on in several blocks.
 const PACKED_FLOATS: usize = 2 << 20;
 /// Most rows of one block.
@@ -42,11 +38,6 @@ pub(crate) trait Panels: Sync {
 pub(crate) trait Finish: Sync {
     /// Takes the sums of row `row` and the columns from `column`, as many as a chunk has.
     fn finish<S: Simd>(&self, s: S, row: usize, column: usize, sums: &[f32]);
-}
-
-/// Steps of `k` for a block of rows.
-fn steps(rows: usize, k: usize) -> usize {
-    k.min(if rows <= FEW_ROWS { LONG_KC } else { KC })
 }
 
 /// Columns of one task for a product of `n`: at least four tasks a thread if that is possible. Sums do not depend on it.
@@ -72,7 +63,7 @@ pub(crate) fn scratch_floats(cpu: &Cpu, m: usize, k: usize) -> usize {
 
 fn scratch_of(cpu: &Cpu, m: usize, k: usize, chunk: usize) -> usize {
     let rows = block_rows(cpu.isa(), m, k);
-    (rows * k).next_multiple_of(16) + cpu.threads() * (steps(rows, k) + rows) * chunk
+    (rows * k).next_multiple_of(16) + cpu.threads() * (k.min(KC) + rows) * chunk
 }
 
 struct Pack<'a, P> {
@@ -138,7 +129,7 @@ pub(crate) fn gemm<P: Panels, F: Finish>(
     let (packed, rest) = scratch.split_at_mut(packed_len);
     let (packed, rest) = (SharedMut::new(packed), SharedMut::new(rest));
     let chunks = n.div_ceil(columns);
-    let most_steps = steps(rows, k);
+    let most_steps = k.min(KC);
     let share = (most_steps + rows) * columns;
 
     for first_row in (0..m).step_by(rows) {
