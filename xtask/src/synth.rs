@@ -87,7 +87,7 @@ fn write(arguments: &Arguments) -> Result<Written> {
     let mut tensors = model.decoder(arguments.dtype)?.weights();
     tensors.extend(model.encoder(arguments.dtype)?.weights());
     let tensors: Vec<(TensorInfo, Fill)> = tensors.into_iter().map(|t| (t.clone(), fill(&t))).collect();
-    let count = |t: &TensorInfo| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64;
+    let count = |t: &TensorInfo| t.bytes() as u64;
     let written = Written { tensors: tensors.len(), bytes: tensors.iter().map(|(t, _)| count(t)).sum() };
 
     let out = &arguments.out;

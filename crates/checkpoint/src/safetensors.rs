@@ -65,7 +65,7 @@ impl Stored {
 
     fn bits(self) -> u64 {
         match self {
-            Stored::Known(dtype) => dtype.size() as u64 * 8,
+            Stored::Known(dtype) => dtype.alignment() as u64 * 8,
             Stored::Foreign { bits, .. } => u64::from(bits),
         }
     }

@@ -68,7 +68,7 @@ pub fn write(
                 format!("tensor `{}` has type {}, expected F32, F16 or BF16", shown(&info.name), info.dtype);
             return Err(wrong(what));
         }
-        let bytes = info.shape.iter().try_fold(info.dtype.size() as u64, |n, &d| n.checked_mul(d as u64));
+        let bytes = info.dtype.bytes(&info.shape).map(|n| n as u64);
         let sum = bytes.and_then(|n| total.checked_add(n));
         let (Some(bytes), Some(sum)) = (bytes, sum) else {
             return Err(wrong(format!(

@@ -113,7 +113,7 @@ fn layout(
         return Err(format!("{} tensors, expected at most {MAX_TENSORS}", tensors.len()));
     }
     let mut ordered: Vec<&TensorInfo> = tensors.iter().collect();
-    ordered.sort_by_key(|t| std::cmp::Reverse(t.dtype.size()));
+    ordered.sort_by_key(|t| std::cmp::Reverse(t.dtype.alignment()));
     let mut header = serde_json::Map::new();
     if !metadata.is_empty() {
         header.insert(METADATA_KEY.into(), json!(metadata));
@@ -122,7 +122,7 @@ fn layout(
     let mut begin = 0u64;
     for t in ordered {
         let name = shown(&t.name);
-        let length = t.shape.iter().try_fold(t.dtype.size() as u64, |n, &d| n.checked_mul(d as u64));
+        let length = t.dtype.bytes(&t.shape).map(|n| n as u64);
         // Halved, so that adding a header cannot overflow either.
         let end = length.and_then(|n| begin.checked_add(n)).filter(|&end| end <= u64::MAX / 2);
         let (Some(length), Some(end)) = (length, end) else {

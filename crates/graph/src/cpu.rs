@@ -477,8 +477,10 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
     for (i, node) in graph.nodes.iter().enumerate() {
         let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();
         match &node.op {
-            Op::Weight(w) if stored[i] && by_row[i] => memory.gathered += elements * w.dtype.size() as u64,
-            Op::Weight(w) if stored[i] => memory.weights += elements * w.dtype.size() as u64,
+            Op::Weight(w) if stored[i] && by_row[i] => {
+                memory.gathered += w.dtype.bytes(&w.shape).unwrap_or(0) as u64
+            }
+            Op::Weight(w) if stored[i] => memory.weights += w.dtype.bytes(&w.shape).unwrap_or(0) as u64,
             Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
             Op::State(_) => memory.states += elements * 4,
             _ if node.load_time => memory.converted += elements * 4,

@@ -11,13 +11,15 @@ pub enum Error {
         shape: Vec<usize>,
         /// Element type asked for.
         dtype: DType,
-        /// `product(shape) * dtype.size()`.
+        /// `dtype.bytes(shape)`.
         wanted: usize,
         /// Bytes given.
         found: usize,
     },
-    /// `product(shape) * dtype.size()` does not fit in `usize`.
-    #[error("tensor of shape {shape:?} and type {dtype} does not fit in memory addresses")]
+    /// `dtype.bytes(shape)` does not exist: a row that is no multiple of the format's block, or an overflow.
+    #[error(
+        "a tensor of shape {shape:?} cannot be of type {dtype}: too large, or rows that are no whole blocks"
+    )]
     TooLarge {
         /// Shape asked for.
         shape: Vec<usize>,

@@ -6,7 +6,7 @@
 //!
 //! This crate knows nothing of files, graphs, models or GPUs.
 //!
-//! Invariant: a [`Tensor`] holds exactly `product(shape) * dtype.size()` bytes. Constructors check it.
+//! Invariant: a [`Tensor`] holds exactly `dtype.bytes(shape)` bytes. Constructors check it.
 
 #![deny(unsafe_code)]
 
@@ -24,7 +24,7 @@ mod tensor;
 mod weight;
 
 pub use bytes::{AlignedF32, Bytes};
-pub use dtype::DType;
+pub use dtype::{Affine, Block, DType, Group};
 pub use error::Error;
 pub use pool::Cpu;
 pub use simd::Isa;

@@ -21,9 +21,9 @@ impl TensorInfo {
         self.shape.iter().product()
     }
 
-    /// Bytes as stored.
+    /// Bytes as stored; 0 for a shape that its type cannot have.
     pub fn bytes(&self) -> usize {
-        self.elements() * self.dtype.size()
+        self.dtype.bytes(&self.shape).unwrap_or(0)
     }
 }
 
@@ -52,19 +52,13 @@ pub struct Tensor {
     bytes: Bytes,
 }
 
-/// Bytes of a tensor of this shape and type, or `None` where the product overflows.
-fn byte_length(dtype: DType, shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d))
-}
-
 impl Tensor {
     /// A tensor over `bytes`, little-endian.
     ///
     /// # Errors
     /// [`Error::ByteLength`] or [`Error::TooLarge`] where the bytes do not match.
     pub fn new(dtype: DType, shape: &[usize], bytes: Bytes) -> Result<Tensor> {
-        let wanted =
-            byte_length(dtype, shape).ok_or_else(|| Error::TooLarge { shape: shape.to_vec(), dtype })?;
+        let wanted = dtype.bytes(shape).ok_or_else(|| Error::TooLarge { shape: shape.to_vec(), dtype })?;
         if wanted != bytes.len() {
             return Err(Error::ByteLength { shape: shape.to_vec(), dtype, wanted, found: bytes.len() });
         }
@@ -120,7 +114,7 @@ impl Tensor {
     /// [`Error::OutOfMemory`] where there is none for the copy.
     pub fn aligned(self) -> Result<Tensor> {
         let bytes = self.bytes();
-        if bytes.as_ptr().addr().is_multiple_of(self.dtype.size()) {
+        if bytes.as_ptr().addr().is_multiple_of(self.dtype.alignment()) {
             return Ok(self);
         }
         let mut copy = AlignedF32::zeroed(bytes.len().div_ceil(4))?;

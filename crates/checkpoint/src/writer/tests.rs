@@ -58,7 +58,7 @@ fn written_files_are_aligned_and_read_back_by_both_readers() {
         let tensor = ours.get(&t.name).unwrap();
         assert_eq!((tensor.dtype(), tensor.shape(), tensor.bytes()), (t.dtype, &t.shape[..], &data[..]));
         let offset = theirs.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        assert_eq!(offset % t.dtype.size(), 0, "{} is unaligned", t.name);
+        assert_eq!(offset % t.dtype.alignment(), 0, "{} is unaligned", t.name);
     }
     let header_length = u64::from_le_bytes(*bytes.first_chunk().unwrap());
     assert_eq!((8 + header_length) % 64, 0);

@@ -281,7 +281,9 @@ impl Op {
                 Op::GatherRows(_) | Op::WeightedGather(_) if i == 0 => elements(&outputs[0]),
                 _ => elements(shape),
             };
-            bytes += rows * dtype.size() as f64;
+            let row = shape.last().copied().unwrap_or(1);
+            let bytes_of_row = dtype.row_bytes(row).unwrap_or(0) as f64;
+            bytes += rows / row.max(1) as f64 * bytes_of_row;
         }
         Cost { operations: self.def().operations(&shapes, outputs), bytes }
     }

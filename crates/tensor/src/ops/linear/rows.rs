@@ -129,7 +129,7 @@ impl Panels for Rows<'_> {
     fn stored(&self, column: usize, k0: usize, kc: usize) -> (*const u8, usize, usize, usize) {
         let (row, count) = self.run(column);
         let Some((part, row, rows)) = self.find(row) else { return (std::ptr::null(), 0, 0, 0) };
-        let size = part.weight.dtype().size();
+        let size = part.weight.dtype().alignment();
         let base = match part.weight {
             Weight::F32(v) => v.as_ptr().cast::<u8>(),
             Weight::F16(v) | Weight::BF16(v) => v.as_ptr().cast(),
