@@ -239,15 +239,21 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// What the tile of rows `t` and panel `panel` asks for: its share of the next block's weights and of the next
-    /// tile of rows.
+    /// What the tile of rows `t` and panel `panel` asks for: its share of the next block's weights, and of the tile
+    /// of rows whose turn is [`GROUP`] tiles later. The shares are even, because only about a dozen lines can be on
+    /// their way at a time.
     #[inline(always)]
     fn ahead(&self, t: usize, panel: usize) -> Ahead {
-        let next = self.tiles.start(t + 1);
-        let mr = self.tiles.start(t + 2) - next;
-        // The first panel meets the rows in memory, the others in the second-level cache.
-        let run_lines = if panel == 0 && t + 1 < self.tiles.count { mr * self.k / 16 } else { 0 };
-        let run = Lines::run(self.a.wrapping_add(next * self.a_k + self.a_from * mr).cast());
+        let (tile, from) = match t + GROUP {
+            later if later < self.tiles.count => (later, self.a_from),
+            later => (later - self.tiles.count, self.a_from + self.k),
+        };
+        let from = if from < self.a_k { from } else { 0 };
+        let start = self.tiles.start(tile);
+        let mr = self.tiles.start(tile + 1).wrapping_sub(start);
+        let run_lines = if tile < self.tiles.count { (mr * self.k / 16).div_ceil(self.panels) } else { 0 };
+        let run = self.a.wrapping_add(start * self.a_k + from * mr + panel * run_lines * 16);
+        let run = Lines::run(run.cast());
         let lines = self.next_bytes / 64;
         let rows = self.next_rows.div_ceil(self.tiles.count * self.panels);
         let first = (panel * self.tiles.count + t) * rows;
@@ -260,24 +266,30 @@ impl Block {
     }
 }
 
+/// Tiles of rows that stay in the second-level cache while all panels pass by.
+const GROUP: usize = 9;
+
 impl Kernel for &Block {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let nr = panel_columns(S::WIDTH);
-        // A panel stays in the first-level cache while the tiles of rows pass by.
-        for panel in 0..self.panels {
-            let b = self.b.wrapping_add(panel * nr * self.k);
-            for t in 0..self.tiles.count {
-                let start = self.tiles.start(t);
-                let mr = self.tiles.start(t + 1) - start;
-                let a = self.a.wrapping_add(start * self.a_k + self.a_from * mr);
-                let c = self.c.wrapping_add(start * self.c_stride + panel * nr);
-                let ahead = self.ahead(t, panel);
-                // SAFETY: who made the block promises that its operands lie inside their buffers.
-                unsafe {
-                    let (k, c_stride, first) = (self.k, self.c_stride, self.first);
-                    s.tile::<PACKED>(Tile { mr, k, a, b, c, c_stride, first, ahead });
+        // A panel stays in the first-level cache while a group's tiles pass by, a group in the second while the panels
+        // do.
+        for group in (0..self.tiles.count).step_by(GROUP) {
+            for panel in 0..self.panels {
+                let b = self.b.wrapping_add(panel * nr * self.k);
+                for t in group..(group + GROUP).min(self.tiles.count) {
+                    let start = self.tiles.start(t);
+                    let mr = self.tiles.start(t + 1) - start;
+                    let a = self.a.wrapping_add(start * self.a_k + self.a_from * mr);
+                    let c = self.c.wrapping_add(start * self.c_stride + panel * nr);
+                    let ahead = self.ahead(t, panel);
+                    // SAFETY: who made the block promises that its operands lie inside their buffers.
+                    unsafe {
+                        let (k, c_stride, first) = (self.k, self.c_stride, self.first);
+                        s.tile::<PACKED>(Tile { mr, k, a, b, c, c_stride, first, ahead });
+                    }
                 }
             }
         }
