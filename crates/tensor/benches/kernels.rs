@@ -19,7 +19,7 @@ fn linear(c: &mut Criterion) {
             group.sample_size(10);
             // Bytes of weights for decode, multiply-adds (as elements) for prefill.
             group.throughput(if m == 1 {
-                Throughput::Bytes((n * k * weight.dtype().alignment()) as u64)
+                Throughput::Bytes((n * k * weight.size().unwrap_or(1)) as u64)
             } else {
                 Throughput::Elements((m * n * k) as u64)
             });

@@ -7,7 +7,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use pocketglm_tensor::{Cpu, Weight, ops, peak};
+use pocketglm_tensor::{Cpu, DType, Packed, PackedFormat, RowCodes, ScaleKind, Weight, ZeroKind, ops, peak};
 
 /// Median and best of rates.
 fn summary(mut rates: Vec<f64>) -> (f64, f64) {
@@ -51,6 +51,29 @@ fn values(n: usize) -> Vec<f32> {
         .collect()
 }
 
+/// A packed matrix of random codes; scales repeat, since nothing depends on them.
+fn random(cpu: &Cpu, format: PackedFormat, n: usize, k: usize) -> Packed {
+    let group = if format.group == 0 { k } else { format.group };
+    let nested = format.scale == ScaleKind::Nested;
+    let halves = if nested { k / 256 } else { k / group };
+    let minima = format.zero == ZeroKind::Minima;
+    let row = |i: usize, row: &mut RowCodes| {
+        let mut state = i as u32;
+        row.codes.clear();
+        row.codes.extend((0..k).map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 20) as u8 & ((1u16 << format.bits) - 1) as u8
+        }));
+        row.scales = vec![0x2000; halves];
+        row.minima = vec![0x2000; if minima { halves } else { 0 }];
+        row.sub_scales = vec![3; if nested { k / group } else { 0 }];
+        let bytes = nested && minima || format.zero == ZeroKind::Codes;
+        row.sub_minima = vec![3; if bytes { k / group } else { 0 }];
+        Ok(())
+    };
+    Packed::pack(cpu, format, n, k, &row).unwrap()
+}
+
 fn main() {
     let only: Vec<String> = std::env::args().skip(1).collect();
     let wanted = |name: &str| only.is_empty() || only.iter().any(|o| name.contains(o.as_str()));
@@ -61,6 +84,37 @@ fn main() {
     let flops = || peak::fma_gflops(&cpu, 20);
     let buffer = peak::read_buffer(1 << 29).unwrap();
     let bytes = || peak::read_gbytes(&cpu, &buffer);
+
+    let dots = || peak::dot_gops(&cpu, 20);
+    for (n, k) in [(4096, 4096), (27392, 4096), (4096, 13696)] {
+        for name in ["Q4_0", "Q8_0", "Q4_K", "Q5_0", "Q6_K", "int4-g64", "int4-g128", "int2-g64"] {
+            let Some(format) = DType::from_name(name).and_then(PackedFormat::of) else { continue };
+            if format.scale == ScaleKind::Nested && k % 256 != 0 {
+                continue;
+            }
+            let cases = [1, 2, 4, 16, 64, 512].map(|m| (m, format!("linear {name} m={m} n={n} k={k}")));
+            if !cases.iter().any(|(_, case)| wanted(case)) {
+                continue;
+            }
+            let packed = random(&cpu, format, n, k);
+            let parts = [ops::Part { weight: Weight::Packed(&packed), rows: n, bias: None }];
+            for (m, case) in cases {
+                if !wanted(&case) {
+                    continue;
+                }
+                let x = values(m * k);
+                let mut y = vec![0.0; m * n];
+                let run = &mut || {
+                    ops::linear(&cpu, black_box(&x), m, k, &parts, ops::Epilogue::None, &mut y).unwrap();
+                };
+                if m <= 4 {
+                    compare(&case, "GB/s", rounds, packed.bytes().len() as f64 * 1e-9, &bytes, run);
+                } else {
+                    compare(&case, "GOP/s", rounds, 2.0 * (m * n * k) as f64 * 1e-9, &dots, run);
+                }
+            }
+        }
+    }
 
     for (n, k) in [(4096, 4096), (27392, 4096), (4096, 13696)] {
         let f32s = values(n * k);

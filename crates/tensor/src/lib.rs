@@ -15,6 +15,8 @@ mod dtype;
 mod error;
 #[allow(unsafe_code, reason = "kernels: vector loads and stores, rows split between threads")]
 pub mod ops;
+mod packed;
+#[allow(unsafe_code, reason = "the loop of byte products loads through pointers")]
 pub mod peak;
 #[allow(unsafe_code, reason = "a borrowed closure is handed to threads that outlive it")]
 mod pool;
@@ -26,6 +28,7 @@ mod weight;
 pub use bytes::{AlignedF32, Bytes};
 pub use dtype::{Affine, Block, DType, Group};
 pub use error::Error;
+pub use packed::{IQ4_TABLE, Packed, PackedFormat, RowCodes, ScaleKind, ZeroKind};
 pub use pool::Cpu;
 pub use simd::Isa;
 pub use tensor::{Tensor, TensorInfo, WeightSource};

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use crate::simd::dot::{self, DotKernel, Dots};
 use crate::simd::{Kernel, Simd};
 use crate::{AlignedF32, Cpu, Result};
 
@@ -85,6 +86,53 @@ pub fn fma_gflops(cpu: &Cpu, milliseconds: u32) -> f64 {
     per_round * rounds as f64 * cpu.threads() as f64 / time(rounds) * 1e-9
 }
 
+/// Dot products of bytes into independent sums that stay in registers.
+struct DotLoop {
+    rounds: usize,
+}
+
+impl DotKernel for DotLoop {
+    #[inline(always)]
+    fn run<D: Dots>(self, d: D) {
+        let codes = black_box([3u8; 64]);
+        let steps = black_box([0x0102_0304i32; DOT_ACCUMULATORS]);
+        // SAFETY: 64 codes; each step is one number.
+        unsafe {
+            let w = d.load_q(codes.as_ptr());
+            let mut sums = steps.map(|s| d.splat_i(s));
+            for _ in 0..self.rounds {
+                for (sum, step) in sums.iter_mut().zip(&steps) {
+                    *sum = d.dot(*sum, w, step);
+                }
+            }
+            let mut all = d.splat_f(0.0);
+            for sum in sums {
+                all = d.fma(d.to_f(sum), d.splat_f(1.0), all);
+            }
+            let mut out = [0f32; 16];
+            d.store_f(out.as_mut_ptr(), all);
+            black_box(out);
+        }
+    }
+}
+
+/// Sums in registers: enough to hide the latency.
+const DOT_ACCUMULATORS: usize = 12;
+
+/// Peak of dot products of bytes, all threads of `cpu`, for about `milliseconds`, in 1e9 operations a second (a product
+/// and its addition are two).
+pub fn dot_gops(cpu: &Cpu, milliseconds: u32) -> f64 {
+    let per_round = 2.0 * 64.0 * DOT_ACCUMULATORS as f64;
+    let time = |rounds: usize| {
+        let start = Instant::now();
+        cpu.parallel(cpu.threads(), &|_| dot::run(cpu.isa(), DotLoop { rounds: black_box(rounds) }));
+        start.elapsed().as_secs_f64()
+    };
+    let trial = 50_000;
+    let rounds = (trial as f64 * f64::from(milliseconds) * 1e-3 / time(trial).max(1e-9)) as usize + 1;
+    per_round * rounds as f64 * cpu.threads() as f64 / time(rounds) * 1e-9
+}
+
 /// A buffer to measure reading with; it should be several times larger than the last-level cache.
 ///
 /// # Errors
@@ -118,6 +166,7 @@ mod tests {
         for isa in Isa::available() {
             let cpu = Cpu::with_isa(isa, 1).unwrap();
             assert!(fma_gflops(&cpu, 1) > 0.0);
+            assert!(dot_gops(&cpu, 1) > 0.0);
             assert!(read_gbytes(&cpu, &read_buffer(1 << 20).unwrap()) > 0.0);
         }
     }

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Error, Packed, Result, Tensor};
 
 /// Stored floating-point values as kernels read them: borrowed, aligned, in one of three types.
 ///
@@ -15,6 +15,8 @@ pub enum Weight<'a> {
     F16(&'a [u16]),
     /// Bits of bfloat16 values.
     BF16(&'a [u16]),
+    /// A quantised matrix in panels; only [`linear`](crate::ops::linear) takes it.
+    Packed(&'a Packed),
 }
 
 impl<'a> Weight<'a> {
@@ -43,6 +45,7 @@ impl<'a> Weight<'a> {
         match self {
             Weight::F32(v) => v.len(),
             Weight::F16(v) | Weight::BF16(v) => v.len(),
+            Weight::Packed(p) => p.len(),
         }
     }
 
@@ -51,12 +54,12 @@ impl<'a> Weight<'a> {
         self.len() == 0
     }
 
-    /// Element type as stored.
-    pub fn dtype(&self) -> DType {
+    /// Bytes of a value as stored; `None` where values share bytes.
+    pub fn size(&self) -> Option<usize> {
         match self {
-            Weight::F32(_) => DType::F32,
-            Weight::F16(_) => DType::F16,
-            Weight::BF16(_) => DType::BF16,
+            Weight::F32(_) => Some(4),
+            Weight::F16(_) | Weight::BF16(_) => Some(2),
+            Weight::Packed(_) => None,
         }
     }
 
@@ -66,15 +69,17 @@ impl<'a> Weight<'a> {
             Weight::F32(v) => v.get(index).copied(),
             Weight::F16(v) => v.get(index).map(|&b| f16::from_bits(b).to_f32()),
             Weight::BF16(v) => v.get(index).map(|&b| bf16::from_bits(b).to_f32()),
+            Weight::Packed(p) => p.get(index.checked_div(p.k())?, index.checked_rem(p.k())?),
         }
     }
 
-    /// The values in `range`, or `None` where it reaches past the end.
+    /// The values in `range`, or `None` where it reaches past the end or values share bytes.
     pub fn slice(&self, range: Range<usize>) -> Option<Weight<'a>> {
         Some(match self {
             Weight::F32(v) => Weight::F32(v.get(range)?),
             Weight::F16(v) => Weight::F16(v.get(range)?),
             Weight::BF16(v) => Weight::BF16(v.get(range)?),
+            Weight::Packed(_) => return None,
         })
     }
 }

@@ -48,6 +48,7 @@ pub fn gather_rows(cpu: &Cpu, table: Weight<'_>, c: usize, ids: &[i64], y: &mut 
                 Weight::BF16(v) => {
                     cpu.isa().run(Widen { x: bytemuck::cast_slice::<u16, bf16>(&v[row]), y });
                 }
+                Weight::Packed(p) => p.row(ids[i] as usize, y),
             }
         }
     });

@@ -28,7 +28,9 @@ pub use elementwise::{
     unary_twin,
 };
 pub use gather::{gather_rows, gather_rows_twin, weighted_gather, weighted_gather_twin};
-pub use linear::{Epilogue, Part, linear, linear_scratch_bytes, linear_twin};
+pub use linear::{
+    Epilogue, Part, linear, linear_rounded, linear_scratch_bytes, linear_twin, packed_scratch_bytes,
+};
 pub use matmul::{MatmulB, matmul, matmul_twin};
 pub use norm::{layer_norm, layer_norm_twin, norm_add, norm_add_twin, rms_norm, rms_norm_twin};
 pub use permute::{permute, permute_twin};

@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 use crate::ops::tile::Tile;
 
+pub(crate) mod dot;
 pub(crate) mod math;
 mod scalar;
 

@@ -84,6 +84,8 @@ impl Dots<'_> {
                         let w = v.as_ptr().add(row * k).cast::<bf16>();
                         rows_of::<S, bf16, M, R, U>(s, w, count, self.x.as_ptr(), k, sums);
                     }
+                    // Packed parts have a product of their own.
+                    Weight::Packed(_) => {}
                 }
             }
             c += count;

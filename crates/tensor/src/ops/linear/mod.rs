@@ -7,12 +7,14 @@
 //! problem: [`gemm`](super::gemm) packs weights into panels, widened to f32.
 
 mod gemv;
+mod packed;
 mod rows;
 
 use self::rows::{Rows, Store};
 use super::gemm::{self, gemm};
 use super::{SharedMut, expect};
-use crate::{Cpu, Error, Result, Weight};
+use crate::simd::{Kernel, Simd, math};
+use crate::{AlignedF32, Cpu, Error, Result, Weight};
 
 const OP: &str = "linear";
 
@@ -49,6 +51,11 @@ fn check(x: &[f32], m: usize, k: usize, parts: &[Part<'_>], epilogue: Epilogue, 
     let mut n = 0usize;
     for part in parts {
         expect(OP, "weight", &[part.rows, k], part.weight.len())?;
+        if let Weight::Packed(packed) = part.weight
+            && (packed.k(), packed.rows()) != (k, part.rows)
+        {
+            return Err(Error::Size { op: OP, operand: "packed rows", wanted: k, found: packed.k() });
+        }
         if let Some(bias) = part.bias {
             expect(OP, "bias", &[part.rows], bias.len())?;
         }
@@ -87,26 +94,115 @@ pub fn linear(
     if y.is_empty() {
         return Ok(());
     }
+    let kind = |part: &Part<'_>| match part.weight {
+        Weight::Packed(packed) => Some(packed::Shape::of(cpu.isa(), packed)),
+        _ => None,
+    };
+    let one_kind = parts.windows(2).all(|two| kind(&two[0]) == kind(&two[1]));
+    let stride = y.len() / m;
+    if one_kind {
+        let shape = parts.first().and_then(kind);
+        return run(cpu, x, [m, k], parts, n, epilogue, shape, SharedMut::new(y), [stride, 0]);
+    }
+    if epilogue == Epilogue::SwiGlu {
+        // Gate and up do not meet in one chunk; they meet in memory.
+        let mut both = AlignedF32::zeroed(m * n)?;
+        linear(cpu, x, m, k, parts, Epilogue::None, &mut both)?;
+        let out = SharedMut::new(y);
+        let both = &both[..];
+        super::for_rows(cpu, m, n, &|range| {
+            for i in range {
+                let (gate, up) = both[i * n..(i + 1) * n].split_at(stride);
+                // SAFETY: row `i` of `y` belongs to this task.
+                let y = unsafe { out.slice(i * stride..(i + 1) * stride) };
+                cpu.isa().run(Gate { gate, up, y });
+            }
+        });
+        return Ok(());
+    }
+    let mut offset = 0;
+    for parts in parts.chunk_by(|a, b| kind(a) == kind(b)) {
+        let n = parts.iter().map(|p| p.rows).sum();
+        let shape = parts.first().and_then(kind);
+        run(cpu, x, [m, k], parts, n, epilogue, shape, SharedMut::new(y), [stride, offset])?;
+        offset += n;
+    }
+    Ok(())
+}
+
+/// `y = silu(gate) * up`, of equal length.
+struct Gate<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Kernel for Gate<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for ((y, gate), up) in
+            self.y.chunks_mut(S::WIDTH).zip(self.gate.chunks(S::WIDTH)).zip(self.up.chunks(S::WIDTH))
+        {
+            let v = s.mul(math::silu(s, s.load_slice(gate)), s.load_slice(up));
+            // SAFETY: as many lanes as `y` has.
+            unsafe { s.store_n(y.as_mut_ptr(), y.len(), v) };
+        }
+    }
+}
+
+/// Parts of one kind: all floating-point, or all packed and of one shape. `y` has rows of `stride` floats, of which
+/// these parts make those from `offset`.
+fn run(
+    cpu: &Cpu,
+    x: &[f32],
+    [m, k]: [usize; 2],
+    parts: &[Part<'_>],
+    n: usize,
+    epilogue: Epilogue,
+    shape: Option<packed::Shape>,
+    y: SharedMut<f32>,
+    [stride, offset]: [usize; 2],
+) -> Result<()> {
     let bias: Option<Vec<f32>> = parts.iter().any(|p| p.bias.is_some()).then(|| {
         let of = |p: &Part<'_>| p.bias.map_or_else(|| vec![0.0; p.rows], <[f32]>::to_vec);
         parts.iter().flat_map(of).collect()
     });
     let few = m <= gemv::MAX_M;
     let swiglu = epilogue == Epilogue::SwiGlu;
-    let rows =
-        Rows { parts, k, n, chunk: if few { gemv::CHUNK } else { gemm::chunk_columns(cpu, n) }, swiglu };
-    let outputs = y.len() / m;
-    let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y: SharedMut::new(y), outputs };
-    if few {
-        gemv::gemv(cpu, x, m, &rows, &store);
-        return Ok(());
+    let chunk = match shape {
+        Some(_) => packed::chunk(cpu, m, n),
+        None if few => gemv::CHUNK,
+        None => gemm::chunk_columns(cpu, n),
+    };
+    let rows = Rows { parts, k, n, chunk, swiglu };
+    let outputs = if swiglu { n / 2 } else { n };
+    let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y, stride, offset, outputs };
+    match shape {
+        Some(shape) => packed::linear(cpu, x, m, k, shape, &store)?,
+        None if few => gemv::gemv(cpu, x, m, &rows, &store),
+        None => gemm(cpu, x, k, [m, k, rows.columns()], chunk, &rows, &store)?,
     }
-    gemm(cpu, x, k, [m, k, rows.columns()], rows.chunk, &rows, &store)
+    Ok(())
+}
+
+/// `x` as [`linear`] sees it for this weight: quantised where the weight is, and back. With it the twin's result is
+/// the kernel's up to rounding.
+pub fn linear_rounded(cpu: &Cpu, x: &[f32], k: usize, weight: Weight<'_>) -> Vec<f32> {
+    match weight {
+        Weight::Packed(packed) => packed::rounded(cpu.isa(), x, k, packed),
+        _ => x.to_vec(),
+    }
 }
 
 /// The most scratch memory, in bytes, that [`linear`] takes from the context for `m` rows of `k` on `cpu`.
 pub fn linear_scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
     if m <= gemv::MAX_M { 0 } else { 4 * gemm::scratch_floats(cpu, m, k) }
+}
+
+/// The same where weights are packed.
+pub fn packed_scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
+    packed::scratch_bytes(cpu, m, k)
 }
 
 /// The scalar twin of [`linear`], accumulating in f64.
@@ -151,5 +247,7 @@ pub fn linear_twin(
     Ok(())
 }
 
+#[cfg(test)]
+mod packed_tests;
 #[cfg(test)]
 mod tests;

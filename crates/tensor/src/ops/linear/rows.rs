@@ -24,7 +24,7 @@ pub(super) struct Rows<'a> {
     pub(super) swiglu: bool,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
     /// Columns of the product.
     pub(super) fn columns(&self) -> usize {
         if self.swiglu { (self.n / 2).div_ceil(self.chunk / 2) * self.chunk } else { self.n }
@@ -45,7 +45,7 @@ impl Rows<'_> {
 
     /// The part that holds row `row`, the row's place in it, and how many rows of the part begin there.
     #[inline(always)]
-    pub(super) fn find(&self, mut row: usize) -> Option<(&Part<'_>, usize, usize)> {
+    pub(super) fn find(&self, mut row: usize) -> Option<(&'a Part<'a>, usize, usize)> {
         for part in self.parts {
             if row < part.rows {
                 return Some((part, row, part.rows - row));
@@ -72,6 +72,8 @@ impl Rows<'_> {
                     Weight::F32(v) => pack_full::<S, f32>(s, v.as_ptr().add(at), self.k, kc, dst),
                     Weight::F16(v) => pack_full::<S, f16>(s, v.as_ptr().add(at).cast(), self.k, kc, dst),
                     Weight::BF16(v) => pack_full::<S, bf16>(s, v.as_ptr().add(at).cast(), self.k, kc, dst),
+                    // Packed parts have a product of their own.
+                    Weight::Packed(_) => {}
                 }
             }
             return;
@@ -129,10 +131,10 @@ impl Panels for Rows<'_> {
     fn stored(&self, column: usize, k0: usize, kc: usize) -> (*const u8, usize, usize, usize) {
         let (row, count) = self.run(column);
         let Some((part, row, rows)) = self.find(row) else { return (std::ptr::null(), 0, 0, 0) };
-        let size = part.weight.dtype().alignment();
-        let base = match part.weight {
-            Weight::F32(v) => v.as_ptr().cast::<u8>(),
-            Weight::F16(v) | Weight::BF16(v) => v.as_ptr().cast(),
+        let (base, size) = match part.weight {
+            Weight::F32(v) => (v.as_ptr().cast::<u8>(), 4),
+            Weight::F16(v) | Weight::BF16(v) => (v.as_ptr().cast(), 2),
+            Weight::Packed(_) => return (std::ptr::null(), 0, 0, 0),
         };
         let at = base.wrapping_add((row * self.k + k0) * size);
         (at, count.min(rows).min(self.chunk), self.k * size, kc * size)
@@ -147,6 +149,9 @@ pub(super) struct Store<'a> {
     pub(super) epilogue: Epilogue,
     /// `[m, outputs]`
     pub(super) y: SharedMut<f32>,
+    /// Columns of `y`, and the first of them that these rows make.
+    pub(super) stride: usize,
+    pub(super) offset: usize,
     pub(super) outputs: usize,
 }
 
@@ -178,7 +183,7 @@ impl Finish for Store<'_> {
                     Epilogue::Relu => s.max(s.splat(0.0), v),
                     Epilogue::SwiGlu => s.mul(math::silu(s, v), sum(half + i, self.outputs + first + i)),
                 };
-                s.store_n(self.y.at(row * self.outputs + first + i), n, v);
+                s.store_n(self.y.at(row * self.stride + self.offset + first + i), n, v);
             }
             i += n;
         }

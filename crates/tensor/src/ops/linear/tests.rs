@@ -60,7 +60,13 @@ fn linear_matches_its_twin_for_all_shapes_and_types() {
         let stored = Stored::new(n * k, 5);
         for weight in stored.all() {
             let parts = [Part { weight, rows: n, bias: None }];
-            compare_with_twin(&format!("{:?} {m}x{k}x{n}", weight.dtype()), m, k, &parts, Epilogue::None);
+            compare_with_twin(
+                &format!("{:?} bytes {m}x{k}x{n}", weight.size()),
+                m,
+                k,
+                &parts,
+                Epilogue::None,
+            );
         }
     }
 }

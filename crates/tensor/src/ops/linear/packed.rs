@@ -1,0 +1,856 @@
+//! Quantised weights: exact integer dot products within groups, f32 sums of groups.
+//!
+//! `x` is quantised to signed bytes, a scale for each block of [`Shape::block`] steps of a row. With codes `q` of a
+//! weight row and `p` of a row of `x`, scales `s_g` of groups and `t_b` of blocks:
+//! `y = sum_b t_b * sum_{g in b} (s_g * (sum_k q p - zero * sum_k p) + min_g * sum_k p)`.
+//!
+//! One row of `x` streams the panels through registers ([`Gemv`]). More rows are a matrix product: panels are widened
+//! to a byte a code in memory that stays in the first-level cache ([`Unpack`]), and tiles of sums pass over them
+//! ([`Tiles`]).
+
+use super::rows::{Rows, Store};
+use crate::ops::SharedMut;
+use crate::ops::gemm::FinishRows;
+use crate::packed::{IQ4_TABLE, Layout, Packed, ScaleKind, UNIT, ZeroKind};
+use crate::simd::dot::{self, DotKernel, Dots, LANES};
+use crate::{Cpu, Isa, Result, Weight};
+
+/// Columns of one task where one row of `x` is multiplied.
+pub(super) const FEW_CHUNK: usize = 32;
+/// Columns of one task of a matrix product, at most and at least.
+const MAX_CHUNK: usize = 128;
+const MIN_CHUNK: usize = 32;
+/// Steps of `k` whose codes are widened at a time.
+const KC: usize = 512;
+/// Bytes of quantised `x` that rows are worked on in blocks of: they stay in the second-level cache.
+const X_BYTES: usize = 1 << 20;
+/// Fewest and most rows of such a block.
+const MIN_ROWS: usize = 192;
+const MAX_ROWS: usize = 512;
+/// Bytes between what is read and what is asked for.
+const AHEAD: usize = 1024;
+
+/// What the quantisation of `x` and the kernels depend on; parts that differ in it are multiplied one after the other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Shape {
+    /// Steps that share a scale of `x`.
+    block: usize,
+    /// Steps of one integer sum: those that share a scale of the weights, within a block.
+    group: usize,
+    /// The zero point, where all groups have the same.
+    zero: Option<i32>,
+}
+
+impl Shape {
+    pub(super) fn of(isa: Isa, packed: &Packed) -> Shape {
+        let l = &packed.layout;
+        // Codes of eight bits deserve finer steps of x.
+        let block = if l.format.bits == 8 { 32 } else { 128 };
+        let zero = match l.format.zero {
+            ZeroKind::Fixed(zero) => Some(i32::from(zero) - bias(isa, l)),
+            _ => None,
+        };
+        Shape { block, group: l.group.min(block), zero }
+    }
+}
+
+/// Whether codes, as they are multiplied, need all eight bits.
+fn wide(l: &Layout) -> bool {
+    l.format.bits == 8 || l.format.table
+}
+
+/// What the kernels' codes are less by.
+fn bias(isa: Isa, l: &Layout) -> i32 {
+    if wide(l) { dot::bias8(isa) } else { 0 }
+}
+
+/// Quantised rows of `x`, tile by tile: `[tile][step / 4][row]` codes, `[tile][block][row]` scales,
+/// `[tile][group][row]` sums of codes: negative and times the zero point, as integers, where that is fixed, else f32.
+struct X {
+    shape: Shape,
+    /// Steps, a multiple of [`UNIT`].
+    k: usize,
+    blocks: usize,
+    groups: usize,
+    codes: SharedMut<f32>,
+    scales: SharedMut<f32>,
+    sums: SharedMut<f32>,
+}
+
+impl X {
+    /// Floats of memory for `rows` rows of `k`: codes, scales, sums.
+    fn floats(shape: Shape, rows: usize, k: usize) -> [usize; 3] {
+        let k = k.next_multiple_of(UNIT);
+        [k / 4, k.div_ceil(shape.block), k.div_ceil(shape.group)].map(|n| (n * rows).next_multiple_of(16))
+    }
+
+    fn new(shape: Shape, rows: usize, k: usize, memory: &mut [f32]) -> X {
+        let [codes, scales, _] = X::floats(shape, rows, k);
+        let padded = k.next_multiple_of(UNIT);
+        let memory = SharedMut::new(memory);
+        X {
+            shape,
+            k: padded,
+            blocks: padded.div_ceil(shape.block),
+            groups: padded.div_ceil(shape.group),
+            codes: SharedMut(memory.at(0)),
+            scales: SharedMut(memory.at(codes)),
+            sums: SharedMut(memory.at(codes + scales)),
+        }
+    }
+}
+
+/// Quantises the rows `[first, first + rows)` of a tile.
+struct Quantise<'a> {
+    x: &'a X,
+    /// Rows of `k`, `rows` of them.
+    values: &'a [f32],
+    k: usize,
+    first: usize,
+    rows: usize,
+}
+
+impl DotKernel for Quantise<'_> {
+    #[inline(always)]
+    fn run<D: Dots>(self, _: D) {
+        let Quantise { x, values, k, first, rows } = self;
+        let (block, group) = (x.shape.block, x.shape.group);
+        for (i, row) in values.chunks_exact(k).enumerate() {
+            for (b, part) in row.chunks(block).enumerate() {
+                let mut codes = [0i8; 128];
+                let scale = quantise(part, &mut codes);
+                // SAFETY: the tile's places in buffers that `X::floats` sized; nobody else has this tile.
+                unsafe {
+                    *x.scales.at(first * x.blocks + b * rows + i) = scale;
+                    let steps = part.len().next_multiple_of(UNIT).min(block);
+                    let at = first * x.k / 4 + b * block / 4 * rows + i;
+                    for (s, four) in codes[..steps].as_chunks::<4>().0.iter().enumerate() {
+                        *x.codes.at(at + s * rows).cast::<i32>() = i32::from_ne_bytes(four.map(|c| c as u8));
+                    }
+                    for (g, codes) in codes[..steps].chunks(group).enumerate() {
+                        let sum: i32 = codes.iter().map(|&c| i32::from(c)).sum();
+                        let sum = match x.shape.zero {
+                            Some(zero) => f32::from_bits((-zero * sum) as u32),
+                            None => sum as f32,
+                        };
+                        *x.sums.at(first * x.groups + (b * block / group + g) * rows + i) = sum;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Codes `round(v / scale)` in -127..=127, and the scale; NaN where a value is not finite.
+#[inline(always)]
+fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
+    let (mut most, mut finite) = (0f32, true);
+    for v in values {
+        let size = v.abs();
+        most = if size > most { size } else { most };
+        finite &= size <= f32::MAX;
+    }
+    if !finite {
+        return f32::NAN;
+    }
+    let scale = most / 127.0;
+    let inverse = if scale > 0.0 { 127.0 / most } else { 0.0 };
+    // A subnormal maximum has no finite inverse; such values are lost in any sum.
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    for (c, v) in codes.iter_mut().zip(values) {
+        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+        *c = (v * inverse + 12_582_912.0).to_bits() as i8;
+    }
+    scale
+}
+
+/// The codes of one unit, eight vectors of four steps each, one byte a code.
+///
+/// # Safety
+/// `64 * BITS` readable bytes at `p`.
+#[inline(always)]
+unsafe fn unit<D: Dots, const BITS: usize>(d: D, p: *const u8, table: bool) -> [D::Q; 8] {
+    // SAFETY: the planes of a unit, as the layout puts them.
+    unsafe {
+        match BITS {
+            8 => [0, 1, 2, 3, 4, 5, 6, 7].map(|i| d.bias8(d.load_q(p.add(64 * i)))),
+            4 | 5 | 6 => {
+                let low = [0, 1, 2, 3].map(|i| d.load_q(p.add(64 * i)));
+                let nibbles = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| d.shr(low[i % 4], 4 * (i as u32 / 4), 15));
+                let high = p.add(256);
+                match BITS {
+                    5 => {
+                        let bits = d.load_q(high);
+                        [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
+                            let n = i as u32;
+                            let bit =
+                                if i <= 4 { d.shl(bits, 4 - n.min(4), 16) } else { d.shr(bits, n - 4, 16) };
+                            d.or(nibbles[i], bit)
+                        })
+                    }
+                    6 => {
+                        let bits = [d.load_q(high), d.load_q(high.add(64))];
+                        [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
+                            let n = i as u32 / 2 * 2;
+                            let bits = bits[i % 2];
+                            let two =
+                                if n <= 4 { d.shl(bits, 4 - n.min(4), 48) } else { d.shr(bits, n - 4, 48) };
+                            d.or(nibbles[i], two)
+                        })
+                    }
+                    _ if table => nibbles.map(|q| d.bias8(d.table(q, &IQ4_TABLE))),
+                    _ => nibbles,
+                }
+            }
+            _ => {
+                let low = [d.load_q(p), d.load_q(p.add(64))];
+                let pairs = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| d.shr(low[i % 2], i as u32 / 2 * 2, 3));
+                if BITS == 2 {
+                    return pairs;
+                }
+                let bits = d.load_q(p.add(128));
+                [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
+                    let n = i as u32;
+                    let bit = if i <= 2 { d.shl(bits, 2 - n.min(2), 4) } else { d.shr(bits, n - 2, 4) };
+                    d.or(pairs[i], bit)
+                })
+            }
+        }
+    }
+}
+
+/// Reads the scales of a span.
+#[derive(Clone, Copy)]
+struct Header<'a, D: Dots> {
+    d: D,
+    l: &'a Layout,
+    at: *const u8,
+    /// Where nested: the numbers that scales and minima are multiples of.
+    outer: [D::F; 2],
+    bias: f32,
+}
+
+impl<'a, D: Dots> Header<'a, D> {
+    /// # Safety
+    /// A whole header at `at`.
+    #[inline(always)]
+    unsafe fn new(d: D, l: &'a Layout, at: *const u8) -> Header<'a, D> {
+        let zero = d.splat_f(0.0);
+        // SAFETY: the caller's promise; a nested header begins with sixteen scales, then minima if there are any.
+        let outer = unsafe {
+            match (l.format.scale, l.format.zero) {
+                (ScaleKind::Nested, ZeroKind::Minima) => [d.load_f16(at), d.load_f16(at.add(l.minima))],
+                (ScaleKind::Nested, _) => [d.load_f16(at), zero],
+                _ => [zero; 2],
+            }
+        };
+        Header { d, l, at, outer, bias: if wide(l) { D::BIAS8 as f32 } else { 0.0 } }
+    }
+
+    /// Scales of group `g` of the span.
+    ///
+    /// # Safety
+    /// The span has such a group.
+    #[inline(always)]
+    unsafe fn scale(&self, g: usize) -> D::F {
+        // SAFETY: inside the header.
+        unsafe {
+            match self.l.format.scale {
+                ScaleKind::F16 => self.d.load_f16(self.at.add(2 * LANES * g)),
+                ScaleKind::BF16 => self.d.load_bf16(self.at.add(2 * LANES * g)),
+                ScaleKind::Nested => {
+                    self.d.mul(self.outer[0], self.d.load_i8(self.at.add(self.l.sub_scales + LANES * g)))
+                }
+            }
+        }
+    }
+
+    /// What is added to `scale * code` in group `g`, for codes as the kernels take them.
+    ///
+    /// # Safety
+    /// As for [`Header::scale`].
+    #[inline(always)]
+    unsafe fn minimum(&self, g: usize, scale: D::F) -> D::F {
+        let (d, l) = (self.d, self.l);
+        // SAFETY: inside the header.
+        unsafe {
+            let byte = || d.load_u8(self.at.add(l.sub_minima + LANES * g));
+            match (l.format.zero, l.format.scale) {
+                (ZeroKind::Codes, _) => {
+                    let above = d.fma(byte(), d.splat_f(-1.0), d.splat_f(self.bias));
+                    d.mul(scale, above)
+                }
+                (ZeroKind::Minima, ScaleKind::Nested) => d.mul(d.mul(self.outer[1], byte()), d.splat_f(-1.0)),
+                (ZeroKind::Minima, _) => d.load_f16(self.at.add(l.minima + 2 * LANES * g)),
+                (ZeroKind::Fixed(_), _) => d.splat_f(0.0),
+            }
+        }
+    }
+}
+
+/// Calls `$of::<D, BITS>` for the bits of a format.
+macro_rules! for_bits {
+    ($bits:expr, $self:ident.$of:ident($d:ident)) => {
+        match $bits {
+            2 => $self.$of::<D, 2>($d),
+            3 => $self.$of::<D, 3>($d),
+            4 => $self.$of::<D, 4>($d),
+            5 => $self.$of::<D, 5>($d),
+            6 => $self.$of::<D, 6>($d),
+            _ => $self.$of::<D, 8>($d),
+        }
+    };
+}
+
+/// One row of `x` times panels: `sums[16 i ..]` for the panels from `first`.
+struct Gemv<'a> {
+    packed: &'a Packed,
+    first: usize,
+    x: &'a X,
+    sums: &'a mut [f32],
+}
+
+impl DotKernel for Gemv<'_> {
+    #[inline(always)]
+    fn run<D: Dots>(self, d: D) {
+        for_bits!(self.packed.layout.format.bits, self.of(d))
+    }
+}
+
+impl Gemv<'_> {
+    #[inline(always)]
+    fn of<D: Dots, const BITS: usize>(self, d: D) {
+        for (i, sums) in self.sums.chunks_exact_mut(LANES).enumerate() {
+            // SAFETY: the caller counted the panels; a whole panel is there.
+            unsafe {
+                let p = self.packed.panel(self.first + i);
+                // Only formats of these widths have groups of half a unit.
+                let total = if matches!(BITS, 2 | 3 | 6) && self.x.shape.group == 16 {
+                    panel::<D, BITS, true>(d, &self.packed.layout, self.x, p)
+                } else {
+                    panel::<D, BITS, false>(d, &self.packed.layout, self.x, p)
+                };
+                d.store_f(sums.as_mut_ptr(), total);
+            }
+        }
+    }
+}
+
+/// One panel times the one row of `x`.
+///
+/// # Safety
+/// A panel of the layout at `p`; `x` holds one row of as many steps.
+#[inline(always)]
+unsafe fn panel<D: Dots, const BITS: usize, const HALVES: bool>(
+    d: D,
+    l: &Layout,
+    x: &X,
+    mut p: *const u8,
+) -> D::F {
+    let zero = d.splat_f(0.0);
+    let (mut total, mut sum, mut acc) = (zero, zero, d.splat_i(0));
+    let units = x.k / UNIT;
+    let Shape { group, block, .. } = x.shape;
+    let mut u = 0;
+    // SAFETY: spans, units and groups as the layout counts them; `x` has as many.
+    unsafe {
+        let start = |g: usize| match x.shape.zero {
+            Some(_) => d.splat_i(x.sums.at(g).cast::<i32>().read()),
+            None => d.splat_i(0),
+        };
+        while u < units {
+            let header = Header::new(d, l, p);
+            let mut codes = p.add(l.header);
+            for within in 0..(l.span / UNIT).min(units - u) {
+                for line in (0..64 * BITS).step_by(64) {
+                    d.prefetch(codes.wrapping_add(AHEAD + line));
+                }
+                let q = unit::<D, BITS>(d, codes, l.format.table);
+                codes = codes.add(64 * BITS);
+                let steps = x.codes.at(u * (UNIT / 4)).cast::<i32>().cast_const();
+                let last = u + 1 == units;
+                for half in 0..if HALVES { 2 } else { 1 } {
+                    let at = u * UNIT + half * 16;
+                    let g = if HALVES { 2 * u + half } else { at / group };
+                    if HALVES || at == g * group {
+                        acc = start(g);
+                    }
+                    for s in half * 4..if HALVES { half * 4 + 4 } else { 8 } {
+                        acc = d.dot(acc, q[s], steps.add(s));
+                    }
+                    if HALVES || at + UNIT == (g + 1) * group || last {
+                        let stored = if HALVES { 2 * within + half } else { within * UNIT / l.group };
+                        let scale = header.scale(stored);
+                        sum = d.fma(d.to_f(acc), scale, sum);
+                        if x.shape.zero.is_none() {
+                            sum = d.fma(header.minimum(stored, scale), d.splat_f(*x.sums.at(g)), sum);
+                        }
+                    }
+                }
+                if ((u + 1) * UNIT).is_multiple_of(block) || last {
+                    total = d.fma(sum, d.splat_f(*x.scales.at(u * UNIT / block)), total);
+                    sum = zero;
+                }
+                u += 1;
+            }
+            p = p.add(l.span_bytes);
+        }
+    }
+    total
+}
+
+/// Memory of one task of a matrix product, for tiles of `panels` panels: codes `[step / 4][panel][64]`, scales and
+/// minima `[group][panel][16]`.
+#[derive(Clone, Copy)]
+struct Widened {
+    codes: *mut u8,
+    scales: *mut f32,
+    minima: *mut f32,
+    panels: usize,
+}
+
+impl Widened {
+    /// Floats for `panels` panels.
+    fn floats(group: usize, panels: usize) -> usize {
+        panels * (KC * LANES / 4 + 2 * KC / group * LANES)
+    }
+
+    fn new(memory: *mut f32, group: usize, panels: usize) -> Widened {
+        let scales = memory.wrapping_add(panels * KC * LANES / 4);
+        let minima = scales.wrapping_add(panels * KC / group * LANES);
+        Widened { codes: memory.cast(), scales, minima, panels }
+    }
+}
+
+/// Widens the units `[first, first + units)` of a panel to place `place` of a tile's panels.
+struct Unpack<'a> {
+    packed: &'a Packed,
+    panel: usize,
+    first: usize,
+    units: usize,
+    group: usize,
+    to: Widened,
+    place: usize,
+}
+
+impl DotKernel for Unpack<'_> {
+    #[inline(always)]
+    fn run<D: Dots>(self, d: D) {
+        for_bits!(self.packed.layout.format.bits, self.of(d))
+    }
+}
+
+impl Unpack<'_> {
+    #[inline(always)]
+    fn of<D: Dots, const BITS: usize>(self, d: D) {
+        let l = &self.packed.layout;
+        let panel = self.packed.panel(self.panel);
+        let per_span = l.span / UNIT;
+        let minima = !matches!(l.format.zero, ZeroKind::Fixed(_));
+        // SAFETY: the units lie in the panel, and their places in the memory that `Widened::floats` sized.
+        unsafe {
+            for i in 0..self.units {
+                let u = self.first + i;
+                let span = panel.add(u / per_span * l.span_bytes);
+                let within = u % per_span;
+                let codes = span.add(l.header + within * 64 * BITS);
+                for line in (0..64 * BITS).step_by(64) {
+                    d.prefetch(codes.wrapping_add(AHEAD + line));
+                }
+                let q = unit::<D, BITS>(d, codes, l.format.table);
+                for s in 0..8 {
+                    let at = ((i * 8 + s) * self.to.panels + self.place) * 64;
+                    d.store_q(self.to.codes.add(at), q[s]);
+                }
+                let header = Header::new(d, l, span);
+                for half in 0..if self.group == 16 { 2 } else { 1 } {
+                    let at = i * UNIT + half * 16;
+                    if at.is_multiple_of(self.group) {
+                        let stored = (within * UNIT + half * 16) / l.group;
+                        let scale = header.scale(stored);
+                        let to = (at / self.group * self.to.panels + self.place) * LANES;
+                        d.store_f(self.to.scales.add(to), scale);
+                        if minima {
+                            d.store_f(self.to.minima.add(to), header.minimum(stored, scale));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// How rows are cut into tiles.
+#[derive(Clone, Copy)]
+struct Cut {
+    rows: usize,
+    tiles: usize,
+}
+
+impl Cut {
+    fn new(rows: usize, most: usize) -> Cut {
+        Cut { rows, tiles: rows.div_ceil(most) }
+    }
+
+    #[inline(always)]
+    fn start(&self, tile: usize) -> usize {
+        tile * self.rows / self.tiles.max(1)
+    }
+}
+
+/// All tiles of rows times one set of panels: `c[i, 16 j ..]`, added to what is there unless `first_k` is 0.
+struct Tiles<'a> {
+    x: &'a X,
+    cut: Cut,
+    /// Steps `[first_k, first_k + steps)`.
+    first_k: usize,
+    steps: usize,
+    from: Widened,
+    c: *mut f32,
+    c_stride: usize,
+}
+
+impl DotKernel for Tiles<'_> {
+    #[inline(always)]
+    fn run<D: Dots>(self, d: D) {
+        for t in 0..self.cut.tiles {
+            let first = self.cut.start(t);
+            let rows = self.cut.start(t + 1) - first;
+            // SAFETY: whoever made this sized the operands.
+            unsafe {
+                match (rows, D::PANELS) {
+                    (1, 1) => self.tile::<D, 1, 1>(d, first),
+                    (2, 1) => self.tile::<D, 2, 1>(d, first),
+                    (3, 1) => self.tile::<D, 3, 1>(d, first),
+                    (4, 1) => self.tile::<D, 4, 1>(d, first),
+                    (1, 2) => self.tile::<D, 1, 2>(d, first),
+                    (2, 2) => self.tile::<D, 2, 2>(d, first),
+                    (3, 2) => self.tile::<D, 3, 2>(d, first),
+                    (4, 2) => self.tile::<D, 4, 2>(d, first),
+                    (5, 2) => self.tile::<D, 5, 2>(d, first),
+                    (6, 2) => self.tile::<D, 6, 2>(d, first),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+impl Tiles<'_> {
+    /// # Safety
+    /// Rows from `first`, `R` of them, in `x` and `c`; `NP` panels in `from`.
+    #[inline(always)]
+    unsafe fn tile<D: Dots, const R: usize, const NP: usize>(&self, d: D, first: usize) {
+        let X { shape, k, blocks, groups, .. } = *self.x;
+        let zero = d.splat_f(0.0);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut x = self.x.codes.at(first * k / 4 + self.first_k / 4 * R).cast::<i32>().cast_const();
+            let mut block_scales =
+                self.x.scales.at(first * blocks + self.first_k / shape.block * R).cast_const();
+            let mut sums = self.x.sums.at(first * groups + self.first_k / shape.group * R).cast_const();
+            let mut codes = self.from.codes.cast_const();
+            let mut scales = self.from.scales.cast_const();
+            let mut minima = self.from.minima.cast_const();
+            let c = self.c.add(first * self.c_stride);
+            let mut done = 0;
+            while done < self.steps {
+                let block = shape.block.min(self.steps - done);
+                let mut f = [[zero; NP]; R];
+                let mut in_block = 0;
+                while in_block < block {
+                    let group = shape.group.min(block - in_block);
+                    let mut acc = [[d.splat_i(0); NP]; R];
+                    if shape.zero.is_some() {
+                        for i in 0..R {
+                            acc[i] = [d.splat_i(sums.add(i).cast::<i32>().read()); NP];
+                        }
+                    }
+                    for _ in 0..group / 16 {
+                        for _ in 0..4 {
+                            let mut w = [d.load_q(codes); NP];
+                            for j in 1..NP {
+                                w[j] = d.load_q(codes.add(64 * j));
+                            }
+                            for i in 0..R {
+                                for j in 0..NP {
+                                    acc[i][j] = d.dot(acc[i][j], w[j], x.add(i));
+                                }
+                            }
+                            codes = codes.add(64 * NP);
+                            x = x.add(R);
+                        }
+                    }
+                    for j in 0..NP {
+                        let scale = d.load_f(scales.add(LANES * j));
+                        for i in 0..R {
+                            f[i][j] = d.fma(d.to_f(acc[i][j]), scale, f[i][j]);
+                        }
+                    }
+                    if shape.zero.is_none() {
+                        for j in 0..NP {
+                            let minimum = d.load_f(minima.add(LANES * j));
+                            for i in 0..R {
+                                f[i][j] = d.fma(minimum, d.splat_f(*sums.add(i)), f[i][j]);
+                            }
+                        }
+                        minima = minima.add(LANES * NP);
+                    }
+                    scales = scales.add(LANES * NP);
+                    sums = sums.add(R);
+                    in_block += group;
+                }
+                for i in 0..R {
+                    let by = d.splat_f(*block_scales.add(i));
+                    for j in 0..NP {
+                        let at = c.add(i * self.c_stride + LANES * j);
+                        let before = if self.first_k + done == 0 { zero } else { d.load_f(at) };
+                        d.store_f(at, d.fma(f[i][j], by, before));
+                    }
+                }
+                block_scales = block_scales.add(R);
+                done += block;
+            }
+        }
+    }
+}
+
+/// Where sixteen columns come from.
+enum Source<'a> {
+    /// Rows of no part.
+    Nothing,
+    /// One panel.
+    Panel(&'a Packed, usize),
+    /// Rows here and there: the matrix and the row of each lane.
+    Mixed([Option<(&'a Packed, usize)>; LANES]),
+}
+
+impl<'a> Rows<'a> {
+    fn packed(&self, row: usize) -> Option<(&'a Packed, usize, usize)> {
+        let (part, row, rows) = self.find(row)?;
+        match part.weight {
+            Weight::Packed(packed) => Some((packed, row, rows)),
+            _ => None,
+        }
+    }
+
+    fn source(&self, column: usize) -> Source<'a> {
+        let (row, count) = self.run(column);
+        if count == 0 {
+            return Source::Nothing;
+        }
+        match self.packed(row) {
+            None => Source::Nothing,
+            Some((packed, row, rows)) if row.is_multiple_of(LANES) && rows >= count.min(LANES) => {
+                Source::Panel(packed, row / LANES)
+            }
+            Some(_) => Source::Mixed(std::array::from_fn(|lane| {
+                let (row, count) = self.run(column + lane);
+                let (packed, row, _) = if count == 0 { None } else { self.packed(row) }?;
+                Some((packed, row))
+            })),
+        }
+    }
+}
+
+/// Columns of one task for `m` rows of `x`.
+pub(super) fn chunk(cpu: &Cpu, m: usize, n: usize) -> usize {
+    let mut chunk = if m == 1 { FEW_CHUNK } else { MAX_CHUNK };
+    while chunk > MIN_CHUNK && n < chunk * cpu.threads() * 4 {
+        chunk /= 2;
+    }
+    chunk
+}
+
+/// Rows of `x` that are worked on at a time.
+fn block_rows(m: usize, k: usize) -> usize {
+    let most = (X_BYTES / k.max(1)).clamp(MIN_ROWS, MAX_ROWS);
+    m.div_ceil(m.div_ceil(most).max(1))
+}
+
+/// Floats of scratch: the quantised rows, and what each task needs.
+fn scratch_of(cpu: &Cpu, shape: Shape, m: usize, k: usize, chunk: usize) -> [usize; 2] {
+    let rows = block_rows(m, k);
+    let x: usize = X::floats(shape, rows, k).iter().sum();
+    if m == 1 {
+        return [x, 0];
+    }
+    let (_, panels) = dot::tile_shape(cpu.isa());
+    let panels = chunk.div_ceil(LANES).next_multiple_of(panels) + 1;
+    [x, cpu.threads() * (Widened::floats(shape.group, panels) + rows * chunk).next_multiple_of(16)]
+}
+
+/// The most scratch memory, in bytes, that quantised parts take for `m` rows of `k`.
+pub(super) fn scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
+    let shape = Shape { block: 32, group: 16, zero: None };
+    4 * scratch_of(cpu, shape, m, k, MAX_CHUNK).iter().sum::<usize>()
+}
+
+/// Multiplies `m` rows of `x` with parts that are packed and of one [`Shape`].
+pub(super) fn linear(
+    cpu: &Cpu,
+    x: &[f32],
+    m: usize,
+    k: usize,
+    shape: Shape,
+    store: &Store<'_>,
+) -> Result<()> {
+    let rows = store.rows;
+    let isa = cpu.isa();
+    let block = block_rows(m, k);
+    let [x_floats, task_floats] = scratch_of(cpu, shape, m, k, rows.chunk);
+    let mut scratch = cpu.scratch(x_floats + task_floats)?;
+    let (x_memory, tasks) = scratch.split_at_mut(x_floats);
+    let tasks = SharedMut::new(&mut tasks[..task_floats]);
+    let columns = rows.columns();
+    let chunks = columns.div_ceil(rows.chunk);
+    let (tile_rows, _) = dot::tile_shape(isa);
+    for first in (0..m).step_by(block) {
+        let count = block.min(m - first);
+        let cut = Cut::new(count, tile_rows);
+        let quantised = X::new(shape, count, k, x_memory);
+        cpu.parallel(cut.tiles, &|t| {
+            let start = cut.start(t);
+            let rows = cut.start(t + 1) - start;
+            let values = &x[(first + start) * k..(first + start + rows) * k];
+            dot::run(isa, Quantise { x: &quantised, values, k, first: start, rows });
+        });
+        if m == 1 {
+            cpu.parallel(chunks, &|chunk| gemv(isa, &quantised, chunk * rows.chunk, store));
+        } else {
+            let share = task_floats / cpu.threads();
+            cpu.parallel_slots(chunks, &|slot, chunk| {
+                let memory = tasks.at(slot * share);
+                gemm(isa, &quantised, cut, first, chunk * rows.chunk, memory, share, store);
+            });
+        }
+    }
+    Ok(())
+}
+
+fn gemv(isa: Isa, x: &X, column: usize, store: &Store<'_>) {
+    let rows = store.rows;
+    let chunk = rows.chunk;
+    let mut sums = [0f32; MAX_CHUNK];
+    for at in (0..chunk).step_by(LANES) {
+        let sums = &mut sums[at..at + LANES];
+        match rows.source(column + at) {
+            Source::Nothing => {}
+            Source::Panel(packed, first) => dot::run(isa, Gemv { packed, first, x, sums }),
+            Source::Mixed(lanes) => {
+                for (lane, sum) in sums.iter_mut().enumerate() {
+                    let Some((packed, row)) = lanes[lane] else { continue };
+                    let mut panel = [0f32; LANES];
+                    dot::run(isa, Gemv { packed, first: row / LANES, x, sums: &mut panel });
+                    *sum = panel[row % LANES];
+                }
+            }
+        }
+    }
+    isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums[..chunk], chunk });
+}
+
+/// One chunk of columns of a matrix product, in memory of its own.
+fn gemm(
+    isa: Isa,
+    x: &X,
+    cut: Cut,
+    first_row: usize,
+    column: usize,
+    memory: *mut f32,
+    floats: usize,
+    store: &Store<'_>,
+) {
+    let rows = store.rows;
+    let (chunk, group) = (rows.chunk, x.shape.group);
+    let (_, panels) = dot::tile_shape(isa);
+    let places = chunk.div_ceil(LANES).next_multiple_of(panels);
+    // Sets of panels one after the other, a panel to gather from, and the sums.
+    let set_floats = Widened::floats(group, panels);
+    let single = Widened::new(memory.wrapping_add(places / panels * set_floats), group, 1);
+    let sums_at = Widened::floats(group, places + 1);
+    let c = memory.wrapping_add(sums_at);
+    let sources: [Source<'_>; MAX_CHUNK / LANES] = std::array::from_fn(|i| {
+        if i * LANES < chunk { rows.source(column + i * LANES) } else { Source::Nothing }
+    });
+    for first_k in (0..x.k).step_by(KC) {
+        let steps = KC.min(x.k - first_k);
+        let (first, units) = (first_k / UNIT, steps / UNIT);
+        for set in 0..places / panels {
+            let to = Widened::new(memory.wrapping_add(set * set_floats), group, panels);
+            let of_set = &sources[set * panels..(set + 1) * panels];
+            if of_set.iter().all(|s| matches!(s, Source::Nothing)) {
+                continue;
+            }
+            for (place, source) in of_set.iter().enumerate() {
+                match source {
+                    Source::Nothing => {}
+                    &Source::Panel(packed, panel) => {
+                        dot::run(isa, Unpack { packed, panel, first, units, group, to, place });
+                    }
+                    Source::Mixed(lanes) => {
+                        for (lane, source) in lanes.iter().enumerate() {
+                            let &Some((packed, row)) = source else { continue };
+                            let panel = row / LANES;
+                            dot::run(
+                                isa,
+                                Unpack { packed, panel, first, units, group, to: single, place: 0 },
+                            );
+                            let minima = x.shape.zero.is_none();
+                            // SAFETY: both lie in this task's memory.
+                            unsafe { copy_lane(single, row % LANES, to, place, lane, steps, group, minima) };
+                        }
+                    }
+                }
+            }
+            let c = c.wrapping_add(set * panels * LANES);
+            dot::run(isa, Tiles { x, cut, first_k, steps, from: to, c, c_stride: chunk });
+        }
+    }
+    debug_assert!(sums_at + cut.rows * chunk <= floats, "the sums lie in the task's memory");
+    // SAFETY: this task's sums; where no panel was, what an earlier task left, which is not stored.
+    let sums = unsafe { std::slice::from_raw_parts(c, cut.rows * chunk) };
+    isa.run(FinishRows { finish: store, first_row, column, sums, chunk });
+}
+
+/// Copies one row of a single widened panel to a lane of a set.
+///
+/// # Safety
+/// Both hold `steps` steps, and nobody else uses them.
+unsafe fn copy_lane(
+    from: Widened,
+    row: usize,
+    to: Widened,
+    place: usize,
+    lane: usize,
+    steps: usize,
+    group: usize,
+    minima: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for s in 0..steps / 4 {
+            let four = from.codes.add(s * 64 + 4 * row).cast::<[u8; 4]>().read();
+            to.codes.add((s * to.panels + place) * 64 + 4 * lane).cast::<[u8; 4]>().write(four);
+        }
+        for g in 0..steps.div_ceil(group) {
+            let (source, target) = (g * LANES + row, (g * to.panels + place) * LANES + lane);
+            *to.scales.add(target) = *from.scales.add(source);
+            if minima {
+                *to.minima.add(target) = *from.minima.add(source);
+            }
+        }
+    }
+}
+
+/// `x` as [`linear`] sees it for these weights: quantised and back.
+pub(super) fn rounded(isa: Isa, x: &[f32], k: usize, packed: &Packed) -> Vec<f32> {
+    let block = Shape::of(isa, packed).block;
+    let mut out = Vec::with_capacity(x.len());
+    for part in x.chunks(k.max(1)).flat_map(|row| row.chunks(block)) {
+        let mut codes = [0i8; 128];
+        let scale = quantise(part, &mut codes);
+        out.extend(codes.iter().take(part.len()).map(|&c| f32::from(c) * scale));
+    }
+    out
+}
