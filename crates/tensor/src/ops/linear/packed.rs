@@ -164,6 +164,14 @@ fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
     scale
 }
 
+/// An array of the values of an expression for each index. Not a closure: what is called from one need not be inlined
+/// where the target features are.
+macro_rules! each {
+    ($i:ident in [$($n:literal)*] => $e:expr) => {
+        [$({ const $i: usize = $n; $e }),*]
+    };
+}
+
 /// The codes of one unit, eight vectors of four steps each, one byte a code.
 ///
 /// # Safety
@@ -172,51 +180,42 @@ fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
 unsafe fn unit<D: Dots, const BITS: usize>(d: D, p: *const u8, table: bool) -> [D::Q; 8] {
     // SAFETY: the planes of a unit, as the layout puts them.
     unsafe {
-        match BITS {
-            8 => [0, 1, 2, 3, 4, 5, 6, 7].map(|i| d.bias8(d.load_q(p.add(64 * i)))),
-            4 | 5 | 6 => {
-                let low = [0, 1, 2, 3].map(|i| d.load_q(p.add(64 * i)));
-                let nibbles = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| d.shr(low[i % 4], 4 * (i as u32 / 4), 15));
-                let high = p.add(256);
-                match BITS {
-                    5 => {
-                        let bits = d.load_q(high);
-                        [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
-                            let n = i as u32;
-                            let bit =
-                                if i <= 4 { d.shl(bits, 4 - n.min(4), 16) } else { d.shr(bits, n - 4, 16) };
-                            d.or(nibbles[i], bit)
-                        })
-                    }
-                    6 => {
-                        let bits = [d.load_q(high), d.load_q(high.add(64))];
-                        [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
-                            let n = i as u32 / 2 * 2;
-                            let bits = bits[i % 2];
-                            let two =
-                                if n <= 4 { d.shl(bits, 4 - n.min(4), 48) } else { d.shr(bits, n - 4, 48) };
-                            d.or(nibbles[i], two)
-                        })
-                    }
-                    _ if table => nibbles.map(|q| d.bias8(d.table(q, &IQ4_TABLE))),
-                    _ => nibbles,
-                }
-            }
-            _ => {
-                let low = [d.load_q(p), d.load_q(p.add(64))];
-                let pairs = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| d.shr(low[i % 2], i as u32 / 2 * 2, 3));
-                if BITS == 2 {
-                    return pairs;
-                }
-                let bits = d.load_q(p.add(128));
-                [0, 1, 2, 3, 4, 5, 6, 7].map(|i| {
-                    let n = i as u32;
-                    let bit = if i <= 2 { d.shl(bits, 2 - n.min(2), 4) } else { d.shr(bits, n - 2, 4) };
-                    d.or(pairs[i], bit)
-                })
-            }
+        if BITS == 8 {
+            return each!(I in [0 1 2 3 4 5 6 7] => d.bias8(d.load_q(p.add(64 * I))));
         }
+        if BITS < 4 {
+            let low = each!(I in [0 1] => d.load_q(p.add(64 * I)));
+            let pairs = each!(I in [0 1 2 3 4 5 6 7] => d.shr(low[I % 2], I as u32 / 2 * 2, 3));
+            if BITS == 2 {
+                return pairs;
+            }
+            let bits = d.load_q(p.add(128));
+            return each!(I in [0 1 2 3 4 5 6 7] => d.or(pairs[I], moved(d, bits, I as u32, 2, 4)));
+        }
+        let low = each!(I in [0 1 2 3] => d.load_q(p.add(64 * I)));
+        let nibbles = each!(I in [0 1 2 3 4 5 6 7] => d.shr(low[I % 4], 4 * (I as u32 / 4), 15));
+        let high = p.add(256);
+        if BITS == 5 {
+            let bits = d.load_q(high);
+            return each!(I in [0 1 2 3 4 5 6 7] => d.or(nibbles[I], moved(d, bits, I as u32, 4, 16)));
+        }
+        if BITS == 6 {
+            let bits = each!(I in [0 1] => d.load_q(high.add(64 * I)));
+            return each!(I in [0 1 2 3 4 5 6 7] => {
+                d.or(nibbles[I], moved(d, bits[I % 2], I as u32 / 2 * 2, 4, 48))
+            });
+        }
+        if table {
+            return each!(I in [0 1 2 3 4 5 6 7] => d.bias8(d.table(nibbles[I], &IQ4_TABLE)));
+        }
+        nibbles
     }
+}
+
+/// The bits of a plane that begin at bit `from`, put to bit `to`, where `mask` is.
+#[inline(always)]
+fn moved<D: Dots>(d: D, plane: D::Q, from: u32, to: u32, mask: u8) -> D::Q {
+    if from <= to { d.shl(plane, to - from, mask) } else { d.shr(plane, from - to, mask) }
 }
 
 /// Reads the scales of a span.
@@ -480,21 +479,33 @@ impl Unpack<'_> {
     }
 }
 
-/// How rows are cut into tiles.
+/// How rows are cut into tiles: full ones, then smaller ones of 4, 2 and 1 rows for the rest.
 #[derive(Clone, Copy)]
 struct Cut {
     rows: usize,
+    full: usize,
+    most: usize,
     tiles: usize,
 }
 
 impl Cut {
     fn new(rows: usize, most: usize) -> Cut {
-        Cut { rows, tiles: rows.div_ceil(most) }
+        let full = rows / most;
+        Cut { rows, full, most, tiles: full + (rows % most).count_ones() as usize }
     }
 
+    /// First row of a tile, and how many it has.
     #[inline(always)]
-    fn start(&self, tile: usize) -> usize {
-        tile * self.rows / self.tiles.max(1)
+    fn tile(&self, tile: usize) -> (usize, usize) {
+        if tile < self.full {
+            return (tile * self.most, self.most);
+        }
+        let mut rest = self.rows % self.most;
+        for _ in self.full..tile {
+            rest &= !(1 << rest.ilog2());
+        }
+        let rows = 1 << rest.ilog2();
+        (self.rows - rest, rows)
     }
 }
 
@@ -513,34 +524,35 @@ struct Tiles<'a> {
 impl DotKernel for Tiles<'_> {
     #[inline(always)]
     fn run<D: Dots>(self, d: D) {
+        if self.x.shape.zero.is_some() { self.all::<D, false>(d) } else { self.all::<D, true>(d) }
+    }
+}
+
+impl Tiles<'_> {
+    #[inline(always)]
+    fn all<D: Dots, const MINIMA: bool>(&self, d: D) {
         for t in 0..self.cut.tiles {
-            let first = self.cut.start(t);
-            let rows = self.cut.start(t + 1) - first;
+            let (first, rows) = self.cut.tile(t);
             // SAFETY: whoever made this sized the operands.
             unsafe {
                 match (rows, D::PANELS) {
-                    (1, 1) => self.tile::<D, 1, 1>(d, first),
-                    (2, 1) => self.tile::<D, 2, 1>(d, first),
-                    (3, 1) => self.tile::<D, 3, 1>(d, first),
-                    (4, 1) => self.tile::<D, 4, 1>(d, first),
-                    (1, 2) => self.tile::<D, 1, 2>(d, first),
-                    (2, 2) => self.tile::<D, 2, 2>(d, first),
-                    (3, 2) => self.tile::<D, 3, 2>(d, first),
-                    (4, 2) => self.tile::<D, 4, 2>(d, first),
-                    (5, 2) => self.tile::<D, 5, 2>(d, first),
-                    (6, 2) => self.tile::<D, 6, 2>(d, first),
+                    (1, 1) => self.tile::<D, 1, 1, MINIMA>(d, first),
+                    (2, 1) => self.tile::<D, 2, 1, MINIMA>(d, first),
+                    (4, 1) => self.tile::<D, 4, 1, MINIMA>(d, first),
+                    (1, 2) => self.tile::<D, 1, 2, MINIMA>(d, first),
+                    (2, 2) => self.tile::<D, 2, 2, MINIMA>(d, first),
+                    (4, 2) => self.tile::<D, 4, 2, MINIMA>(d, first),
+                    (6, 2) => self.tile::<D, 6, 2, MINIMA>(d, first),
                     _ => {}
                 }
             }
         }
     }
-}
 
-impl Tiles<'_> {
     /// # Safety
     /// Rows from `first`, `R` of them, in `x` and `c`; `NP` panels in `from`.
     #[inline(always)]
-    unsafe fn tile<D: Dots, const R: usize, const NP: usize>(&self, d: D, first: usize) {
+    unsafe fn tile<D: Dots, const R: usize, const NP: usize, const MINIMA: bool>(&self, d: D, first: usize) {
         let X { shape, k, blocks, groups, .. } = *self.x;
         let zero = d.splat_f(0.0);
         // SAFETY: the caller's promise.
@@ -561,7 +573,7 @@ impl Tiles<'_> {
                 while in_block < block {
                     let group = shape.group.min(block - in_block);
                     let mut acc = [[d.splat_i(0); NP]; R];
-                    if shape.zero.is_some() {
+                    if !MINIMA {
                         for i in 0..R {
                             acc[i] = [d.splat_i(sums.add(i).cast::<i32>().read()); NP];
                         }
@@ -587,7 +599,7 @@ impl Tiles<'_> {
                             f[i][j] = d.fma(d.to_f(acc[i][j]), scale, f[i][j]);
                         }
                     }
-                    if shape.zero.is_none() {
+                    if MINIMA {
                         for j in 0..NP {
                             let minimum = d.load_f(minima.add(LANES * j));
                             for i in 0..R {
@@ -677,7 +689,8 @@ fn scratch_of(cpu: &Cpu, shape: Shape, m: usize, k: usize, chunk: usize) -> [usi
     }
     let (_, panels) = dot::tile_shape(cpu.isa());
     let panels = chunk.div_ceil(LANES).next_multiple_of(panels) + 1;
-    [x, cpu.threads() * (Widened::floats(shape.group, panels) + rows * chunk).next_multiple_of(16)]
+    let task = Widened::floats(shape.group, panels) + rows * chunk;
+    [x, cpu.threads() * task.next_multiple_of(16)]
 }
 
 /// The most scratch memory, in bytes, that quantised parts take for `m` rows of `k`.
@@ -710,8 +723,7 @@ pub(super) fn linear(
         let cut = Cut::new(count, tile_rows);
         let quantised = X::new(shape, count, k, x_memory);
         cpu.parallel(cut.tiles, &|t| {
-            let start = cut.start(t);
-            let rows = cut.start(t + 1) - start;
+            let (start, rows) = cut.tile(t);
             let values = &x[(first + start) * k..(first + start + rows) * k];
             dot::run(isa, Quantise { x: &quantised, values, k, first: start, rows });
         });

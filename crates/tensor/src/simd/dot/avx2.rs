@@ -51,11 +51,12 @@ impl Dots for Avx2 {
         unsafe {
             let x = _mm256_set1_epi32(x.read_unaligned());
             let ones = _mm256_set1_epi16(1);
-            let part = |acc, w| {
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-                _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones))
-            };
-            [part(acc[0], w[0]), part(acc[1], w[1])]
+            let low = _mm256_maddubs_epi16(_mm256_abs_epi8(w[0]), _mm256_sign_epi8(x, w[0]));
+            let high = _mm256_maddubs_epi16(_mm256_abs_epi8(w[1]), _mm256_sign_epi8(x, w[1]));
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(low, ones)),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(high, ones)),
+            ]
         }
     }
     #[inline(always)]
@@ -81,8 +82,10 @@ impl Dots for Avx2 {
         // SAFETY: `self` proves the features.
         unsafe {
             let mask = _mm256_set1_epi8(mask as i8);
-            let part = |q| _mm256_and_si256(shift!(n, _mm256_srli_epi16, q), mask);
-            [part(q[0]), part(q[1])]
+            [
+                _mm256_and_si256(shift!(n, _mm256_srli_epi16, q[0]), mask),
+                _mm256_and_si256(shift!(n, _mm256_srli_epi16, q[1]), mask),
+            ]
         }
     }
     #[inline(always)]
@@ -90,8 +93,10 @@ impl Dots for Avx2 {
         // SAFETY: `self` proves the features.
         unsafe {
             let mask = _mm256_set1_epi8(mask as i8);
-            let part = |q| _mm256_and_si256(shift!(n, _mm256_slli_epi16, q), mask);
-            [part(q[0]), part(q[1])]
+            [
+                _mm256_and_si256(shift!(n, _mm256_slli_epi16, q[0]), mask),
+                _mm256_and_si256(shift!(n, _mm256_slli_epi16, q[1]), mask),
+            ]
         }
     }
     #[inline(always)]
@@ -146,30 +151,40 @@ impl Dots for Avx2 {
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
-        unsafe { [0, 16].map(|at| _mm256_cvtph_ps(_mm_loadu_si128(p.add(at).cast()))) }
+        unsafe {
+            [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(16).cast()))]
+        }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const u8) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
         unsafe {
-            [0, 16].map(|at| {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(at).cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            })
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(16).cast()));
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            ]
         }
     }
     #[inline(always)]
     unsafe fn load_i8(self, p: *const u8) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
         unsafe {
-            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(at).cast()))))
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+            ]
         }
     }
     #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
         unsafe {
-            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at).cast()))))
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+            ]
         }
     }
     #[inline(always)]

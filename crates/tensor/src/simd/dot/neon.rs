@@ -17,9 +17,17 @@ pub(super) fn enter<K: DotKernel>(kernel: K) {
     kernel.run(Neon(()))
 }
 
-#[inline(always)]
-fn four<T>(f: impl FnMut(usize) -> T) -> [T; 4] {
-    std::array::from_fn(f)
+/// Not a closure: what is called from one need not be inlined where the target features are.
+macro_rules! four {
+    (|$i:ident| $e:expr) => {{
+        macro_rules! at {
+            ($n:literal) => {{
+                const $i: usize = $n;
+                $e
+            }};
+        }
+        [at!(0), at!(1), at!(2), at!(3)]
+    }};
 }
 
 impl Dots for Neon {
@@ -40,13 +48,13 @@ impl Dots for Neon {
         // SAFETY: `self` proves the features; the caller promises the memory.
         unsafe {
             let x = vdupq_n_s32(x.read_unaligned());
-            four(|i| {
-                let mut sum = acc[i];
+            four!(|I| {
+                let mut sum = acc[I];
                 asm!(
                     ".arch_extension dotprod",
                     "sdot {sum:v}.4s, {w:v}.16b, {x:v}.16b",
                     sum = inout(vreg) sum,
-                    w = in(vreg) w[i],
+                    w = in(vreg) w[I],
                     x = in(vreg) x,
                     options(pure, nomem, nostack, preserves_flags)
                 );
@@ -57,12 +65,12 @@ impl Dots for Neon {
     #[inline(always)]
     fn to_f(self, a: Self::I) -> Self::F {
         // SAFETY: `self` proves the features.
-        unsafe { four(|i| vcvtq_f32_s32(a[i])) }
+        unsafe { four!(|I| vcvtq_f32_s32(a[I])) }
     }
     #[inline(always)]
     unsafe fn load_q(self, p: *const u8) -> Self::Q {
         // SAFETY: `self` proves the features; the caller promises the memory.
-        unsafe { four(|i| vld1q_u8(p.add(16 * i))) }
+        unsafe { four!(|I| vld1q_u8(p.add(16 * I))) }
     }
     #[inline(always)]
     unsafe fn store_q(self, p: *mut u8, q: Self::Q) {
@@ -76,7 +84,7 @@ impl Dots for Neon {
         // SAFETY: `self` proves the features.
         unsafe {
             let (by, mask) = (vdupq_n_s8(-(n as i8)), vdupq_n_u8(mask));
-            four(|i| vandq_u8(vshlq_u8(q[i], by), mask))
+            four!(|I| vandq_u8(vshlq_u8(q[I], by), mask))
         }
     }
     #[inline(always)]
@@ -84,25 +92,25 @@ impl Dots for Neon {
         // SAFETY: `self` proves the features.
         unsafe {
             let (by, mask) = (vdupq_n_s8(n as i8), vdupq_n_u8(mask));
-            four(|i| vandq_u8(vshlq_u8(q[i], by), mask))
+            four!(|I| vandq_u8(vshlq_u8(q[I], by), mask))
         }
     }
     #[inline(always)]
     fn or(self, a: Self::Q, b: Self::Q) -> Self::Q {
         // SAFETY: `self` proves the features.
-        unsafe { four(|i| vorrq_u8(a[i], b[i])) }
+        unsafe { four!(|I| vorrq_u8(a[I], b[I])) }
     }
     #[inline(always)]
     fn bias8(self, q: Self::Q) -> Self::Q {
         // SAFETY: `self` proves the features.
-        unsafe { four(|i| veorq_u8(q[i], vdupq_n_u8(128))) }
+        unsafe { four!(|I| veorq_u8(q[I], vdupq_n_u8(128))) }
     }
     #[inline(always)]
     fn table(self, q: Self::Q, table: &[u8; 16]) -> Self::Q {
         // SAFETY: `self` proves the features; the table has sixteen bytes.
         unsafe {
             let table = vld1q_u8(table.as_ptr());
-            four(|i| vqtbl1q_u8(table, q[i]))
+            four!(|I| vqtbl1q_u8(table, q[I]))
         }
     }
     #[inline(always)]
@@ -113,17 +121,17 @@ impl Dots for Neon {
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         // SAFETY: `self` proves the features.
-        unsafe { four(|i| vfmaq_f32(c[i], a[i], b[i])) }
+        unsafe { four!(|I| vfmaq_f32(c[I], a[I], b[I])) }
     }
     #[inline(always)]
     fn mul(self, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: `self` proves the features.
-        unsafe { four(|i| vmulq_f32(a[i], b[i])) }
+        unsafe { four!(|I| vmulq_f32(a[I], b[I])) }
     }
     #[inline(always)]
     unsafe fn load_f(self, p: *const f32) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
-        unsafe { four(|i| vld1q_f32(p.add(4 * i))) }
+        unsafe { four!(|I| vld1q_f32(p.add(4 * I))) }
     }
     #[inline(always)]
     unsafe fn store_f(self, p: *mut f32, v: Self::F) {
@@ -135,13 +143,13 @@ impl Dots for Neon {
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
-        unsafe { four(|i| vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p.add(8 * i))))) }
+        unsafe { four!(|I| vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p.add(8 * I))))) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const u8) -> Self::F {
         // SAFETY: `self` proves the features; the caller promises the memory.
         unsafe {
-            four(|i| vreinterpretq_f32_u32(vshll_n_u16::<16>(vreinterpret_u16_u8(vld1_u8(p.add(8 * i))))))
+            four!(|I| vreinterpretq_f32_u32(vshll_n_u16::<16>(vreinterpret_u16_u8(vld1_u8(p.add(8 * I))))))
         }
     }
     #[inline(always)]

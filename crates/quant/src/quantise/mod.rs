@@ -1,0 +1,194 @@
+//! Rows of f32 to the bytes of a format.
+//!
+//! A row is encoded unit by unit (an affine group, a block), each into [`RowCodes`], from which the bytes are packed.
+//! Every unit is first rounded plainly; a search then replaces it where its weighted error is smaller, so that
+//! searching is never worse than rounding.
+
+mod affine;
+mod lanes;
+mod nested;
+mod search;
+mod simple;
+
+use half::{bf16, f16};
+use pocketglm_tensor::{Block, DType, RowCodes};
+
+use crate::codes::put_together;
+use crate::{Error, Result};
+
+/// How scales are chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[non_exhaustive]
+pub enum Method {
+    /// From the smallest and largest value of each group; for Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 exactly as ggml does.
+    #[default]
+    Round,
+    /// The scale (and zero point or minimum) among many that has the least squared error, weighted by importance.
+    Search,
+}
+
+/// Options of [`quantise_row`].
+#[derive(Clone, Copy, Default, Debug)]
+pub struct RowOptions<'a> {
+    /// How scales are chosen.
+    pub method: Method,
+    /// Weight of each value's squared error for [`Method::Search`], such as the second moment of the activation that
+    /// meets it: `values.len()` finite numbers of at least 0. Without it all values weigh the same.
+    pub importance: Option<&'a [f32]>,
+}
+
+/// A unit holds a value whose scale is beyond f16.
+#[derive(Debug)]
+struct TooLarge;
+
+/// Appends the `dtype.row_bytes(values.len())` bytes of a row; nothing on an error.
+///
+/// With [`Method::Round`] an affine value's error is at most half of its group's scale (and f32's own rounding), and
+/// zero is kept exactly. The GGUF formats' f16 scales lose values below about 1e-7, as they do in ggml.
+///
+/// # Errors
+/// [`Error::DType`] for integer types, [`Error::RowLength`] where the format has no rows of that length,
+/// [`Error::NotFinite`] naming the first NaN or infinity, [`Error::Range`] for values beyond what an f16 scale or
+/// an f16 holds, [`Error::Size`] where the importance has another length.
+pub fn quantise_row(dtype: DType, values: &[f32], options: &RowOptions<'_>, out: &mut Vec<u8>) -> Result<()> {
+    let k = values.len();
+    let bytes = dtype.row_bytes(k).ok_or(Error::RowLength { dtype, values: k })?;
+    check_finite("weights", values)?;
+    let too_large = |at: usize, value: f32| Error::Range { index: at, value, dtype };
+    match dtype {
+        DType::F32 => out.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+        DType::BF16 => {
+            // The largest f32 values would round to an infinity; they are held by the largest bf16.
+            let limit = |v: f32| if v.is_infinite() { bf16::MAX.to_f32().copysign(v) } else { v };
+            out.extend(
+                values.iter().flat_map(|&v| bf16::from_f32(limit(bf16::from_f32(v).to_f32())).to_le_bytes()),
+            );
+        }
+        DType::F16 => {
+            if let Some(at) = values.iter().position(|&v| f16::from_f32(v).is_infinite()) {
+                return Err(too_large(at, values[at]));
+            }
+            out.extend(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()));
+        }
+        DType::Affine(_) | DType::Block(_) => {
+            let importance = Importance::new(k, options)?;
+            let mut row = RowCodes::default();
+            row.codes.reserve(k);
+            let unit = unit_of(dtype, k);
+            for first in (0..k).step_by(unit) {
+                let last = (first + unit).min(k);
+                encode_unit(dtype, &values[first..last], importance.of(first, last), &mut row).map_err(
+                    |error| match error {
+                        Error::Range { index, value, dtype } => {
+                            Error::Range { index: first + index, value, dtype }
+                        }
+                        other => other,
+                    },
+                )?;
+            }
+            out.reserve(bytes);
+            put_together(dtype, &row, out)?;
+        }
+        found => {
+            return Err(Error::DType { op: "quantise", wanted: "a floating-point or quantised type", found });
+        }
+    }
+    Ok(())
+}
+
+/// Values that are encoded together.
+pub(crate) fn unit_of(dtype: DType, k: usize) -> usize {
+    match dtype {
+        DType::Affine(format) => format.group().of(k),
+        DType::Block(block) => block.layout().0,
+        _ => 1,
+    }
+}
+
+/// Weights of a row's squared errors, checked; `None` for plain rounding.
+pub(crate) struct Importance(Option<Vec<f32>>);
+
+impl Importance {
+    pub fn new(k: usize, options: &RowOptions<'_>) -> Result<Importance> {
+        if let Some(importance) = options.importance {
+            check_importance(importance, k)?;
+        }
+        Ok(Importance(match options.method {
+            Method::Round => None,
+            Method::Search => Some(options.importance.map_or_else(|| vec![1.0; k], <[f32]>::to_vec)),
+        }))
+    }
+
+    pub fn of(&self, first: usize, last: usize) -> Option<&[f32]> {
+        self.0.as_deref().map(|w| &w[first..last])
+    }
+}
+
+/// Whether each of `k` weights is a finite number of at least 0.
+pub(crate) fn check_importance(importance: &[f32], k: usize) -> Result<()> {
+    if importance.len() != k {
+        return Err(Error::Size {
+            op: "quantise",
+            operand: "importance",
+            wanted: k,
+            found: importance.len(),
+        });
+    }
+    match importance.iter().position(|w| !(w.is_finite() && *w >= 0.0)) {
+        None => Ok(()),
+        Some(index) => Err(Error::NotFinite {
+            what: "importance",
+            index,
+            value: importance[index],
+            kind: "number of at least 0",
+        }),
+    }
+}
+
+/// Names the first NaN or infinity.
+pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<()> {
+    // Without early exits the test vectorises; almost every row passes it.
+    let any = |values: &[f32]| {
+        values.iter().fold(0, |most: u32, v| most.max(v.to_bits() & 0x7fff_ffff)) >= 0x7f80_0000
+    };
+    for (i, part) in values.chunks(4096).enumerate() {
+        if any(part)
+            && let Some(at) = part.iter().position(|v| !v.is_finite())
+        {
+            return Err(Error::NotFinite { what, index: i * 4096 + at, value: part[at], kind: "number" });
+        }
+    }
+    Ok(())
+}
+
+/// Appends the codes and scales of one unit of finite values.
+///
+/// With `importance` (of the same length) scales are searched, without it values are plainly rounded.
+pub(crate) fn encode_unit(
+    dtype: DType,
+    values: &[f32],
+    importance: Option<&[f32]>,
+    row: &mut RowCodes,
+) -> Result<()> {
+    let scaled = importance.and_then(search::Weights::new);
+    let weights = scaled.as_ref();
+    let done = match dtype {
+        DType::Affine(format) => {
+            affine::encode(format, values, weights, row);
+            Ok(())
+        }
+        DType::Block(block) => match block {
+            Block::Q8_0 | Block::Q4_0 | Block::Q4_1 | Block::Q5_0 | Block::Q5_1 | Block::IQ4_NL => {
+                simple::encode(block, values, weights, row)
+            }
+            Block::Q2_K | Block::Q3_K | Block::Q6_K => nested::encode::<16>(block, values, weights, row),
+            Block::Q4_K | Block::Q5_K | Block::IQ4_XS => nested::encode::<8>(block, values, weights, row),
+        },
+        found => return Err(Error::DType { op: "encode", wanted: "a quantised type", found }),
+    };
+    done.map_err(|TooLarge| {
+        let index =
+            (0..values.len()).max_by(|&a, &b| values[a].abs().total_cmp(&values[b].abs())).unwrap_or(0);
+        Error::Range { index, value: values[index], dtype }
+    })
+}
