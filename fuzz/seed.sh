@@ -23,6 +23,7 @@ printf '\x3c\0\0\0\0\0\0\0{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}
     > corpus/safetensors/tiny
 take shard_index "$golden"/*/model.safetensors.index.json
 printf '{"weight_map":{"x":"a.safetensors","y":"b.safetensors"}}' > corpus/shard_index/tiny
+take gguf "$golden"/gguf/*.gguf
 take config "$golden"/*/config*.json ../models/*/config.json
 take preprocessor_config "$golden"/*/preprocessor_config.json "$golden"/*/video_preprocessor_config.json
 take tokenizer "$golden"/bf16/tokenizer.json

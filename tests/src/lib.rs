@@ -16,6 +16,8 @@ mod conversation;
 #[cfg(test)]
 mod generation;
 #[cfg(test)]
+mod gguf;
+#[cfg(test)]
 mod memory;
 #[cfg(test)]
 mod parity;

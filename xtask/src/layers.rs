@@ -38,15 +38,21 @@ pub const LAYERS: &[Layer] = &[
         absence: "files, graphs, models, GPU",
     },
     Layer {
-        folder: "crates/graph",
+        folder: "crates/quant",
         uses: Uses::Only(&["tensor"]),
+        holds: "GGUF's blocks and affine groups: reading, rounding, GPTQ, AWQ, rotations, statistics",
+        absence: "models, files, graphs",
+    },
+    Layer {
+        folder: "crates/graph",
+        uses: Uses::Only(&["tensor", "quant"]),
         holds: "the IR, shape rules, rewriting passes, memory plan, the `Backend` trait, the CPU executor",
         absence: "models, files, GPU",
     },
     Layer {
         folder: "crates/checkpoint",
         uses: Uses::Only(&["tensor"]),
-        holds: "safetensors files and checkpoint folders behind `WeightSource`",
+        holds: "safetensors, GGUF and `.pglm` files and checkpoint folders behind `WeightSource`",
         absence: "models, graphs",
     },
     Layer {
@@ -69,7 +75,7 @@ pub const LAYERS: &[Layer] = &[
     },
     Layer {
         folder: "crates/engine",
-        uses: Uses::Only(&["glm", "vit", "bpe", "graph", "checkpoint", "tensor"]),
+        uses: Uses::Only(&["glm", "vit", "bpe", "graph", "checkpoint", "quant", "tensor"]),
         holds: "sessions, KV cache, memory budget, generation",
         absence: "command lines, HTTP, GPU",
     },

@@ -49,7 +49,7 @@ pub struct TensorProblems {
 }
 
 /// Compares the tensors of `source` with `expected`, and reports all differences in one error. Weights are
-/// floating-point numbers, so a tensor of integers counts as unreadable.
+/// floating-point numbers, plain or quantised, so a tensor of integers counts as unreadable.
 ///
 /// `place` gives the file of a tensor for the message ([`Checkpoint::place`](crate::Checkpoint::place)).
 /// Tensors whose name begins with one of `ignore` may be there without being expected.
@@ -65,10 +65,13 @@ pub fn check_tensors<W: WeightSource + ?Sized>(
     let mut problems = TensorProblems::default();
     for want in expected {
         match source.info(&want.name) {
-            Some(info) if info.shape == want.shape && info.dtype.is_float() => {}
+            Some(info)
+                if info.shape == want.shape && (info.dtype.is_float() || info.dtype.is_quantised()) => {}
             Some(info) if info.shape == want.shape => {
                 let (name, dtype, file) = (shown(&want.name), info.dtype, place(&want.name));
-                let reason = format!("`{name}` has the type {dtype}, expected F32, F16 or BF16, in {file}");
+                let reason = format!(
+                    "`{name}` has the type {dtype}, expected F32, F16, BF16 or a quantised one, in {file}"
+                );
                 problems.unreadable.push((want.name.clone(), reason));
             }
             Some(info) => problems.misshapen.push(Misshapen {

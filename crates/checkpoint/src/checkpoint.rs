@@ -1,3 +1,5 @@
+mod find;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,9 +9,10 @@ use serde_json::Value;
 
 use crate::error::{io_error, shown};
 use crate::file::{join_plain, read_small, stands};
+use crate::gguf::{GlmGguf, MAGIC};
 use crate::index::ShardIndex;
 use crate::safetensors::source_error;
-use crate::{Error, ReadMode, Result, SafetensorsFile};
+use crate::{Error, FileBytes, GgufFile, PglmFile, ReadMode, Result, SafetensorsFile};
 
 /// The file of an unsharded checkpoint.
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -20,6 +23,19 @@ const MIB: u64 = 1 << 20;
 /// Most values in a JSON file: a parsed value takes up to 100 bytes of memory, so this bounds a small file
 /// of many numbers. A tokenizer of 150,000 tokens and 320,000 merges has about 2 million.
 const MAX_JSON_VALUES: usize = 4_000_000;
+
+/// The side files that checkpoints of the family have.
+const SIDE_FILES: [&str; 9] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+];
 
 /// Most bytes read of a side file.
 fn size_limit(name: &str) -> u64 {
@@ -44,28 +60,55 @@ pub struct OpenOptions {
     pub mode: ReadMode,
     /// Whether to read all weights at once and refuse NaN and infinity.
     pub check_finite: bool,
+    /// The vision file of a GGUF model. Where it is not given, the one file beside the text file whose name has
+    /// `mmproj` in it and whose keys fit is taken.
+    pub mmproj: Option<PathBuf>,
 }
 
-/// A checkpoint: tensors of one or more safetensors files, and the JSON files beside them.
+/// A checkpoint: tensors of one or more files, and the JSON files that belong to them.
 ///
-/// Tensors are in the order of shard names, and within a shard in the order of their data.
+/// Tensors are in the order of files (shards by name; text before vision), and within a file in the order of their
+/// data.
 #[derive(Debug)]
 pub struct Checkpoint {
     /// The path given to [`Checkpoint::open`].
     path: PathBuf,
     folder: PathBuf,
-    shards: Vec<SafetensorsFile>,
-    /// Which shard holds a tensor.
-    shard_of: HashMap<String, usize>,
+    store: Store,
+    notes: Vec<String>,
+}
+
+/// Where tensors and side files come from.
+#[derive(Debug)]
+enum Store {
+    /// Safetensors files; side files stand in their folder.
+    Shards {
+        shards: Vec<SafetensorsFile>,
+        /// Which shard holds a tensor.
+        shard_of: HashMap<String, usize>,
+    },
+    /// GGUF files, which have the side files' content in their keys.
+    Gguf(Box<GlmGguf>),
+    /// A `.pglm` file, which has the side files in it.
+    Pglm(Box<PglmFile>),
 }
 
 impl Checkpoint {
-    /// Opens a folder with `model.safetensors` or, where that is absent, `model.safetensors.index.json`
-    /// and its shards; or one safetensors file of any name. Headers are read and checked, data are not.
+    /// Opens one of
+    ///
+    /// * a folder with `model.safetensors` or, where that is absent, `model.safetensors.index.json` and its shards;
+    /// * a folder without these and with exactly one model among its `.gguf` and `.pglm` files;
+    /// * a GGUF text file of the GLM-4 family, with its vision file beside it ([`OpenOptions::mmproj`]);
+    /// * a `.pglm` file;
+    /// * a safetensors file of any name.
+    ///
+    /// Files are told apart by their first bytes. Headers are read and checked, data are not.
     ///
     /// # Errors
-    /// [`Error::NoFile`] where the folder has no weights, and the errors of [`SafetensorsFile::open`];
-    /// where index and shards disagree, [`Error::Index`], [`Error::Duplicate`] or [`Error::FileName`].
+    /// [`Error::NoFile`] where the folder has no weights, [`Error::Several`] where it has several models, and the
+    /// errors of [`SafetensorsFile::open`], [`GgufFile::open`](crate::GgufFile::open) and
+    /// [`PglmFile::open`](crate::PglmFile::open); where index and shards disagree, [`Error::Index`],
+    /// [`Error::Duplicate`] or [`Error::FileName`].
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Checkpoint> {
         let path = path.as_ref();
         let is_folder = std::fs::metadata(path).map_err(io_error("open", path))?.is_dir();
@@ -76,20 +119,43 @@ impl Checkpoint {
         } else if stands(&path.join(INDEX_FILE)) {
             Checkpoint::sharded(path, options)?
         } else {
-            let wanted = format!("{SINGLE_FILE} or {INDEX_FILE}");
-            return Err(Error::NoFile { wanted, folder: path.to_owned() });
+            Checkpoint::single(path, &find::model_in(path)?, options)?
         };
         if options.check_finite {
-            this.shards.iter().try_for_each(SafetensorsFile::check_finite)?;
+            match &this.store {
+                Store::Shards { shards, .. } => shards.iter().try_for_each(SafetensorsFile::check_finite)?,
+                Store::Gguf(gguf) => gguf.check_finite()?,
+                Store::Pglm(pglm) => pglm.check_finite()?,
+            }
         }
         Ok(this)
     }
 
+    /// One file of any kind; `path` is what the caller asked for.
     fn single(path: &Path, file: &Path, options: &OpenOptions) -> Result<Checkpoint> {
-        let shard = SafetensorsFile::open(file, options.mode)?;
-        let shard_of = shard.names().map(|name| (name.to_owned(), 0)).collect();
+        let bytes = FileBytes::open(file, options.mode)?;
         let folder = file.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Checkpoint { path: path.to_owned(), folder, shards: vec![shard], shard_of })
+        let mut notes = Vec::new();
+        let store = if bytes.bytes().as_slice().starts_with(&MAGIC) {
+            let text = GgufFile::parse(bytes)?;
+            let vision = match &options.mmproj {
+                Some(path) => Some(GgufFile::open(path, options.mode)?),
+                None => find::vision_of(&text, &folder, options.mode, &mut notes)?,
+            };
+            let gguf = GlmGguf::new(text, vision)?;
+            notes.extend(gguf.notes().iter().cloned());
+            Store::Gguf(Box::new(gguf))
+        } else {
+            let shard = SafetensorsFile::parse(bytes)?;
+            let named = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("pglm"));
+            if named || PglmFile::is_one(&shard) {
+                Store::Pglm(Box::new(PglmFile::new(shard)?))
+            } else {
+                let shard_of = shard.names().map(|name| (name.to_owned(), 0)).collect();
+                Store::Shards { shards: vec![shard], shard_of }
+            }
+        };
+        Ok(Checkpoint { path: path.to_owned(), folder, store, notes })
     }
 
     fn sharded(folder: &Path, options: &OpenOptions) -> Result<Checkpoint> {
@@ -129,7 +195,8 @@ impl Checkpoint {
                 }
             }
         }
-        Ok(Checkpoint { path: folder.to_owned(), folder: folder.to_owned(), shards, shard_of })
+        let store = Store::Shards { shards, shard_of };
+        Ok(Checkpoint { path: folder.to_owned(), folder: folder.to_owned(), store, notes: Vec::new() })
     }
 
     /// The folder or file that was opened.
@@ -137,30 +204,81 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The weight files.
-    pub fn shards(&self) -> &[SafetensorsFile] {
-        &self.shards
+    /// What a user should know about the files, such as a vision file that was left out, one sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The weight files. Whatever is made of a checkpoint must not be written over one of them.
+    pub fn files(&self) -> Vec<&Path> {
+        match &self.store {
+            Store::Shards { shards, .. } => shards.iter().map(SafetensorsFile::path).collect(),
+            Store::Gguf(gguf) => gguf.files().map(GgufFile::path).collect(),
+            Store::Pglm(pglm) => vec![pglm.path()],
+        }
     }
 
     /// The file of a tensor for messages; the checkpoint's path where there is no such tensor.
     pub fn place(&self, tensor: &str) -> String {
-        self.shard(tensor).map_or(&*self.path, SafetensorsFile::path).display().to_string()
+        let file = match &self.store {
+            Store::Shards { .. } => self.shard(tensor).map(SafetensorsFile::path),
+            Store::Gguf(gguf) => gguf.path_of(tensor),
+            Store::Pglm(pglm) => pglm.info(tensor).map(|_| pglm.path()),
+        };
+        file.unwrap_or(&self.path).display().to_string()
     }
 
-    /// A file of the folder; `None` where it is absent. `name` must be a plain file name.
+    /// A side file by its name in a checkpoint folder, such as `config.json`: read from the folder, made from the
+    /// keys of a GGUF file, or taken out of a `.pglm` file; `None` where there is none. `name` must be a plain file
+    /// name.
     ///
     /// # Errors
     /// [`Error::FileTooLarge`] (each kind of file has a limit), [`Error::NotAFile`], [`Error::FileName`],
-    /// [`Error::Io`].
+    /// [`Error::Io`], [`Error::GgufKey`].
     pub fn bytes(&self, name: &str) -> Result<Option<Bytes>> {
         let path = join_plain(&self.folder, name, &self.folder)?;
-        match read_small(&path, size_limit(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            // A dangling link is not an absent file: its content was meant to be there.
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && !stands(&path) => {
-                Ok(None)
+        let limit = size_limit(name);
+        let inside = match &self.store {
+            Store::Shards { .. } => {
+                return match read_small(&path, limit) {
+                    Ok(bytes) => Ok(Some(bytes)),
+                    // A dangling link is not an absent file: its content was meant to be there.
+                    Err(Error::Io { source, .. })
+                        if source.kind() == io::ErrorKind::NotFound && !stands(&path) =>
+                    {
+                        Ok(None)
+                    }
+                    Err(e) => Err(e),
+                };
             }
-            Err(e) => Err(e),
+            Store::Gguf(gguf) => gguf.side_file(name)?,
+            Store::Pglm(pglm) => pglm.file(name)?,
+        };
+        match inside {
+            Some(bytes) if bytes.len() as u64 > limit => {
+                Err(Error::FileTooLarge { path: self.side_path(name), limit, found: bytes.len() as u64 })
+            }
+            inside => Ok(inside),
+        }
+    }
+
+    /// Every side file that there is, by name: what a copy of the checkpoint needs besides its tensors.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::bytes`].
+    pub fn side_files(&self) -> Result<Vec<(String, Bytes)>> {
+        let mut found = Vec::new();
+        for name in SIDE_FILES {
+            found.extend(self.bytes(name)?.map(|bytes| (name.to_owned(), bytes)));
+        }
+        Ok(found)
+    }
+
+    /// What messages call a side file: its path, or the model's file and its name.
+    fn side_path(&self, name: &str) -> PathBuf {
+        match &self.store {
+            Store::Shards { .. } => self.folder.join(name),
+            _ => PathBuf::from(format!("{}: {name}", self.path.display())),
         }
     }
 
@@ -171,7 +289,7 @@ impl Checkpoint {
     pub fn text(&self, name: &str) -> Result<Option<String>> {
         let Some(bytes) = self.bytes(name)? else { return Ok(None) };
         let text = std::str::from_utf8(bytes.as_slice()).map_err(|e| Error::Json {
-            path: self.folder.join(name),
+            path: self.side_path(name),
             what: format!("expected UTF-8, found other bytes at offset {}", e.valid_up_to()),
         })?;
         Ok(Some(text.to_owned()))
@@ -184,7 +302,7 @@ impl Checkpoint {
     /// deep or has more than 4,000,000 values.
     pub fn json(&self, name: &str) -> Result<Option<Value>> {
         let Some(bytes) = self.bytes(name)? else { return Ok(None) };
-        let wrong = |what| Error::Json { path: self.folder.join(name), what };
+        let wrong = |what| Error::Json { path: self.side_path(name), what };
         // Each value but the first follows one of these; those inside of strings count too, to no harm.
         let openers = bytes.as_slice().iter().filter(|b| matches!(b, b',' | b'[' | b'{' | b':')).count();
         if openers >= MAX_JSON_VALUES {
@@ -202,27 +320,40 @@ impl Checkpoint {
     }
 
     fn shard(&self, tensor: &str) -> Option<&SafetensorsFile> {
-        self.shard_of.get(tensor).and_then(|&i| self.shards.get(i))
+        match &self.store {
+            Store::Shards { shards, shard_of } => shard_of.get(tensor).and_then(|&i| shards.get(i)),
+            _ => None,
+        }
     }
 }
 
 impl WeightSource for Checkpoint {
     fn tensors(&self) -> Vec<TensorInfo> {
-        self.shards.iter().flat_map(SafetensorsFile::tensors).collect()
+        match &self.store {
+            Store::Shards { shards, .. } => shards.iter().flat_map(SafetensorsFile::tensors).collect(),
+            Store::Gguf(gguf) => gguf.tensors(),
+            Store::Pglm(pglm) => pglm.tensors(),
+        }
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.shard(name).and_then(|s| s.info(name))
+        match &self.store {
+            Store::Shards { .. } => self.shard(name).and_then(|s| s.info(name)),
+            Store::Gguf(gguf) => gguf.info(name),
+            Store::Pglm(pglm) => pglm.info(name),
+        }
     }
 
     fn tensor(&self, name: &str) -> pocketglm_tensor::Result<Tensor> {
-        match self.shard(name) {
-            Some(shard) => shard.tensor(name),
-            None => {
-                let missing = Error::NoTensor { tensor: shown(name), place: self.path.clone() };
-                Err(source_error(missing, name, &self.path))
-            }
-        }
+        let found = match &self.store {
+            Store::Shards { .. } => self.shard(name).map(|shard| shard.tensor(name)),
+            Store::Gguf(gguf) => gguf.path_of(name).map(|_| gguf.tensor(name)),
+            Store::Pglm(pglm) => pglm.info(name).map(|_| pglm.tensor(name)),
+        };
+        found.unwrap_or_else(|| {
+            let missing = Error::NoTensor { tensor: shown(name), place: self.path.clone() };
+            Err(source_error(missing, name, &self.path))
+        })
     }
 }
 

@@ -39,6 +39,18 @@ pub enum Error {
         /// The folder.
         folder: PathBuf,
     },
+    /// A folder has several files of which just one can be meant.
+    #[error("{folder} has {} {what}: {}; {hint}", names.len(), names.join(", "))]
+    Several {
+        /// The folder.
+        folder: PathBuf,
+        /// What is there several times.
+        what: &'static str,
+        /// The files.
+        names: Vec<String>,
+        /// What to do about it.
+        hint: &'static str,
+    },
     /// A path names something other than a regular file.
     #[error("{path} is {found}, expected a regular file")]
     NotAFile {
@@ -106,9 +118,7 @@ pub enum Error {
         what: String,
     },
     /// A tensor's element type is none that this program computes with.
-    #[error(
-        "{path}: tensor `{tensor}` has the unsupported type {found}, expected F32, F16, BF16, I64, I32 or U8"
-    )]
+    #[error("{path}: tensor `{tensor}` has the unsupported type {found}, expected {wanted}")]
     Unsupported {
         /// The file.
         path: PathBuf,
@@ -116,6 +126,30 @@ pub enum Error {
         tensor: String,
         /// The type's name in the file.
         found: String,
+        /// The types that the file's kind may have here.
+        wanted: &'static str,
+    },
+    /// The header of a GGUF file is not one.
+    #[error("{path}: GGUF header at offset {offset}: {what}")]
+    GgufHeader {
+        /// The file.
+        path: PathBuf,
+        /// Byte offset in the file.
+        offset: u64,
+        /// What was wanted and what was found.
+        what: String,
+    },
+    /// A key of a GGUF file is missing, or does not hold what is needed.
+    #[error("{path}: key `{key}` at offset {offset}: {what}")]
+    GgufKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// Where its value stands, as a byte offset in the file; 0 where the key is absent.
+        offset: u64,
+        /// What was wanted and what was found.
+        what: String,
     },
     /// Two tensors have one name.
     #[error("tensor `{tensor}` occurs twice: in {first} and in {second}")]
@@ -177,6 +211,32 @@ pub enum Error {
         tensor: String,
         /// Index of the first such element.
         index: usize,
+    },
+    /// The metadata of a `.pglm` file are missing, or contradict its tensors.
+    #[error("{path}: pglm metadata: {what}")]
+    Pglm {
+        /// The file.
+        path: PathBuf,
+        /// What was wanted and what was found.
+        what: String,
+    },
+    /// Bytes of a file are not those that were written.
+    #[error("{path}: {part} is damaged: expected SHA-256 {wanted}, found {found}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The part that was hashed.
+        part: String,
+        /// The hash in the file.
+        wanted: String,
+        /// The hash of the bytes.
+        found: String,
+    },
+    /// The source of weights that are being written fails.
+    #[error("{source}")]
+    Weights {
+        /// What it says.
+        source: pocketglm_tensor::Error,
     },
     /// A writer was given something that its file cannot hold.
     #[error("cannot write {path}: {what}")]

@@ -95,6 +95,23 @@ pub(crate) fn stands(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
 
+/// Refuses to write over one of `inputs`, by whatever names the two go.
+pub(crate) fn refuse_inputs(target: &Path, inputs: &[&Path]) -> Result<()> {
+    let Ok(there) = fs::metadata(target) else { return Ok(()) };
+    for input in inputs {
+        let same_name = match (fs::canonicalize(target), fs::canonicalize(input)) {
+            (Ok(a), Ok(b)) => a == b,
+            _ => false,
+        };
+        let same_inode = cfg!(unix) && fs::metadata(input).is_ok_and(|m| same_file(&there, &m));
+        if same_name || same_inode {
+            let what = format!("it is {}, which is being read", input.display());
+            return Err(Error::Write { path: target.to_owned(), what });
+        }
+    }
+    Ok(())
+}
+
 /// Joins a file name to a folder; refuses a name that could lead out of it on any system.
 pub(crate) fn join_plain(folder: &Path, name: &str, place: &Path) -> Result<PathBuf> {
     let mut parts = Path::new(name).components();
@@ -149,6 +166,52 @@ impl AtomicFile {
                 Err(e) => return Err(io_error("create a temporary file for", target)(e)),
             }
         }
+    }
+
+    /// As [`AtomicFile::create`], for files that take long to write: the temporary name is always the same one, so that
+    /// what a killed process left is found and replaced by the next one. Two processes cannot write at once.
+    pub(crate) fn create_staged(target: &Path) -> Result<AtomicFile> {
+        let Some(name) = target.file_name() else {
+            return Err(Error::Write { path: target.to_owned(), what: "the path names no file".into() });
+        };
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(".partial");
+        let temporary = target.with_file_name(hidden);
+        let failed = || io_error("create a temporary file for", target);
+        let busy = || Error::Write {
+            path: target.to_owned(),
+            what: format!("another process is writing {}", temporary.display()),
+        };
+        // Its owner may rename the file between opening and locking it: then there is a new one to open.
+        for _ in 0..16 {
+            if let Ok(there) = fs::symlink_metadata(&temporary) {
+                require_regular(&temporary, &there)?;
+            }
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(false);
+            #[cfg(unix)]
+            {
+                use std::os::unix::fs::OpenOptionsExt;
+                options.custom_flags(libc::O_NOFOLLOW);
+            }
+            let file = options.open(&temporary).map_err(failed())?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(fs::TryLockError::WouldBlock) => return Err(busy()),
+                // A file system without locks: then nothing keeps two processes apart but their user.
+                Err(fs::TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {}
+                Err(fs::TryLockError::Error(e)) => return Err(failed()(e)),
+            }
+            let ours = file.metadata().map_err(failed())?;
+            if !fs::symlink_metadata(&temporary).is_ok_and(|there| same_file(&there, &ours)) {
+                continue;
+            }
+            file.set_len(0).map_err(failed())?;
+            let out = BufWriter::with_capacity(1 << 20, file);
+            return Ok(AtomicFile { target: target.to_owned(), temporary, out, committed: false });
+        }
+        Err(busy())
     }
 
     /// Syncs the file, gives it its final name and syncs the folder.

@@ -1,11 +1,12 @@
-//! Checkpoint folders and safetensors files, read and written behind
+//! Checkpoint folders, safetensors, GGUF and `.pglm` files, read and written behind
 //! [`WeightSource`](pocketglm_tensor::WeightSource).
 //!
-//! Start at [`Checkpoint::open`] for a folder (or one file) as Hugging Face tools write it, at
-//! [`SafetensorsWriter`] for writing one, and at [`Renamed`] and [`check_tensors`] for fitting its tensor
-//! names to a model's.
+//! Start at [`Checkpoint::open`] for whatever holds a model, at [`export_gguf`], [`export_pglm`] and
+//! [`SafetensorsWriter`] for writing one, and at [`Renamed`] and [`check_tensors`] for fitting its tensor names to a
+//! model's.
 //!
-//! This crate knows nothing of models and graphs: which names and shapes a model wants is given to it.
+//! This crate knows nothing of graphs, and of models only what GGUF files call their tensors: which names and shapes
+//! a model wants is given to it.
 //!
 //! Invariant: every byte range of an opened file was checked against the file's length, so that no later
 //! call can reach outside it; and no file stands under its final name before all its bytes are on disk.
@@ -18,11 +19,13 @@ mod error;
 mod fields;
 mod file;
 mod finite;
+mod gguf;
 mod index;
 // The one place with `unsafe`: a file mapping has no safe interface.
 #[allow(unsafe_code)]
 mod mapped;
 mod names;
+mod pglm;
 mod safetensors;
 pub mod synth;
 #[cfg(test)]
@@ -35,8 +38,13 @@ pub use error::Error;
 pub use fields::Fields;
 pub use file::write_atomic;
 pub use finite::first_non_finite;
+pub use gguf::{
+    Convert, Converted, GgufArray, GgufExport, GgufFile, GgufMeta, GgufValue, GgufWriter, export_gguf,
+    to_plain,
+};
 pub use mapped::{FileBytes, ReadMode};
 pub use names::{NameRules, Renamed};
+pub use pglm::{PglmContents, PglmFile, PglmWriter, export_pglm};
 pub use safetensors::{MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, SafetensorsFile};
 pub use writer::SafetensorsWriter;
 

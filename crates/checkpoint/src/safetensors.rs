@@ -46,6 +46,9 @@ const FOREIGN_TYPES: [(&str, u8); 16] = [
     ("C64", 64),
 ];
 
+/// What messages call the types that are computed with.
+const SUPPORTED: &str = "F32, F16, BF16, I64, I32 or U8";
+
 const TYPES: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::I64, DType::I32, DType::U8];
 
 /// A type as stored: one of ours, or one that is only known by name.
@@ -162,7 +165,8 @@ impl SafetensorsFile {
         let dtype = match entry.stored {
             Stored::Known(dtype) => dtype,
             Stored::Foreign { name: found, .. } => {
-                return Err(Error::Unsupported { path: path(), tensor: shown(name), found: found.into() });
+                let (tensor, found) = (shown(name), found.into());
+                return Err(Error::Unsupported { path: path(), tensor, found, wanted: SUPPORTED });
             }
         };
         self.file.check_length()?;
@@ -191,6 +195,14 @@ impl SafetensorsFile {
             }
         }
         Ok(())
+    }
+
+    /// The header as it stands in the file, with its padding.
+    pub(crate) fn header(&self) -> &[u8] {
+        let bytes = self.file.bytes().as_slice();
+        let length = bytes.first_chunk::<8>().map_or(0, |b| u64::from_le_bytes(*b));
+        let end = usize::try_from(length).ok().and_then(|n| n.checked_add(8)).unwrap_or(8);
+        bytes.get(8..end).unwrap_or_default()
     }
 
     fn entry(&self, name: &str) -> Option<&Entry> {
@@ -228,8 +240,8 @@ pub(crate) fn source_error(error: Error, name: &str, place: &Path) -> pocketglm_
     let (name, place) = (shown(name), place.display().to_string());
     match error {
         Error::NoTensor { .. } => pocketglm_tensor::Error::Missing { name, place },
-        Error::Unsupported { found, .. } => {
-            let what = format!("unsupported type {found}, expected F32, F16, BF16, I64, I32 or U8");
+        Error::Unsupported { found, wanted, .. } => {
+            let what = format!("unsupported type {found}, expected {wanted}");
             pocketglm_tensor::Error::Source { name, place, what }
         }
         other => pocketglm_tensor::Error::Source { name, place, what: other.to_string() },

@@ -95,12 +95,12 @@ impl Model {
         const STEPS: usize = 5;
         options.report("load", 0, STEPS);
         let checkpoint =
-            Checkpoint::open(path, &OpenOptions { mode: options.read_mode, check_finite: false })?;
+            Checkpoint::open(path, &OpenOptions { mode: options.read_mode, ..OpenOptions::default() })?;
         let config = checkpoint.required_json("config.json")?;
         let fields = Fields::new("config.json", &config)?;
         let model_type = fields.string("model_type")?.unwrap_or("(none)").to_string();
         if !matches!(model_type.as_str(), "glm4v" | "glm4v_text" | "glm4") {
-            let place = path.join("config.json").display().to_string();
+            let place = format!("{}: config.json", path.display());
             return Err(Error::ModelType { place, found: model_type });
         }
         let text = TextConfig::from_fields(&fields)?;

@@ -2,7 +2,7 @@ use std::borrow::Cow;
 
 use half::{bf16, f16};
 
-use crate::{AlignedF32, Bytes, DType, Error, Result};
+use crate::{AlignedF32, Bytes, DType, Error, Packed, Result};
 
 /// Name, element type and shape of a stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +42,15 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// [`Error::Missing`] where there is none of that name, [`Error::Source`] where its bytes cannot be had.
     fn tensor(&self, name: &str) -> Result<Tensor>;
+
+    /// The matrix in the layout of the kernels, where the source has it so; `None` where it must be packed.
+    ///
+    /// # Errors
+    /// As for [`WeightSource::tensor`].
+    fn packed(&self, name: &str) -> Result<Option<Packed>> {
+        let _ = name;
+        Ok(None)
+    }
 }
 
 /// An immutable, contiguous, row-major host tensor over shared bytes. Cloning copies no data.

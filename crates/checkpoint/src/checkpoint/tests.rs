@@ -66,7 +66,9 @@ fn folder_without_weights_or_config_says_what_is_missing_where() {
     let folder = dir.path().display().to_string();
     assert_eq!(
         open_error(dir.path()),
-        format!("no model.safetensors or model.safetensors.index.json in {folder}")
+        format!(
+            "no model.safetensors, model.safetensors.index.json, .gguf or .pglm file of a model in {folder}"
+        )
     );
     dir.write(SINGLE_FILE, small_file());
     let checkpoint = open(dir.path()).unwrap();
@@ -262,7 +264,8 @@ fn golden_checkpoints_open_with_all_their_files() {
             continue;
         }
         for mode in [ReadMode::Map, ReadMode::Read] {
-            let checkpoint = Checkpoint::open(&folder, &OpenOptions { mode, check_finite: true }).unwrap();
+            let checkpoint =
+                Checkpoint::open(&folder, &OpenOptions { mode, check_finite: true, mmproj: None }).unwrap();
             assert!(checkpoint.required_json("config.json").unwrap()["model_type"].is_string());
             assert!(checkpoint.json("tokenizer.json").unwrap().is_some_and(|t| t["model"].is_object()));
             assert!(checkpoint.text("chat_template.jinja").unwrap().is_some());
@@ -272,7 +275,7 @@ fn golden_checkpoints_open_with_all_their_files() {
                 let tensor = checkpoint.tensor(&info.name).unwrap();
                 assert_eq!((tensor.shape(), tensor.bytes().len()), (&info.shape[..], info.bytes()));
             }
-            if checkpoint.shards().len() > 1 { several += 1 } else { single += 1 }
+            if checkpoint.files().len() > 1 { several += 1 } else { single += 1 }
         }
     }
     assert!(single > 0 && several > 0, "{single} single and {several} sharded golden checkpoints");

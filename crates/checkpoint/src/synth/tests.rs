@@ -65,7 +65,7 @@ fn tensors_depend_on_seed_and_name_and_not_on_shards_or_neighbours() {
     let (_two_dir, two) = written(&sample()[..1], 7, u64::MAX);
     let (dir, three) = written(&sample(), 7, 500_000);
     let (_four_dir, four) = written(&sample(), 8, u64::MAX);
-    assert_eq!(one.shards().len(), 1);
+    assert_eq!(one.files().len(), 1);
     // 600,600 bytes stand alone; 280,004 + 66 fit together; 400,006 come last.
     assert_eq!(
         dir.names(),

@@ -1,0 +1,629 @@
+//! `.pglm` files: a model with everything that belongs to it in one valid safetensors file.
+//!
+//! Tensors of plain types stand as they are; quantised ones stand as U8 of their bytes; side files (`config.json`,
+//! `tokenizer.json`, ...) stand as U8 under `file:NAME`. All data begin at multiples of 64: where a length is none, a
+//! tensor `pad:N` of zeros fills the gap, since the format has no holes. `__metadata__` holds
+//!
+//! * `pglm.version`: `1`;
+//! * `pglm.tensors`: a JSON object of every tensor but the fillers: its format's name (`dtype`), its shape, the order
+//!   of its bytes (`layout`, so far `rows`: row after row as [`DType`] describes), and the SHA-256 of its bytes;
+//! * `pglm.policy`, `pglm.calibration`: how the model was quantised, where that is known;
+//! * `pglm.header`: the SHA-256 of the header with these 64 digits as zeros.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use pocketglm_tensor::{Bytes, DType, Tensor, TensorInfo, WeightSource};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::error::{io_error, shown};
+use crate::file::{AtomicFile, join_plain, refuse_inputs};
+use crate::safetensors::{METADATA_KEY, source_error};
+use crate::{
+    Error, MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, ReadMode, Result, SafetensorsFile, first_non_finite,
+};
+
+const VERSION_KEY: &str = "pglm.version";
+const VERSION: &str = "1";
+const TENSORS_KEY: &str = "pglm.tensors";
+const POLICY_KEY: &str = "pglm.policy";
+const CALIBRATION_KEY: &str = "pglm.calibration";
+const HEADER_KEY: &str = "pglm.header";
+/// Begins the metadata keys that are this module's.
+const OWN_KEYS: &str = "pglm.";
+const FILE_SCOPE: &str = "file:";
+const PAD_SCOPE: &str = "pad:";
+/// What the place of every tensor is a multiple of: a cache line, and the widest vector.
+const ALIGNMENT: u64 = 64;
+/// The only order of bytes so far.
+const ROWS: &str = "rows";
+/// A hash that is not known yet; its length is that of every hash.
+const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+/// Bytes that are hashed between two calls of a progress function.
+const STEP: usize = 8 << 20;
+
+/// One tensor in `pglm.tensors`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Row {
+    dtype: String,
+    shape: Vec<usize>,
+    layout: String,
+    sha256: String,
+}
+
+/// The digits of a hash.
+fn hex(digest: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |n: u8| DIGITS.get(usize::from(n)).map_or('0', |&d| char::from(d));
+    digest.iter().flat_map(|b| [digit(b >> 4), digit(b & 15)]).collect()
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// The stored type and shape of a tensor.
+fn stored(dtype: DType, shape: &[usize]) -> Option<(DType, Vec<usize>)> {
+    match dtype.is_quantised() {
+        true => Some((DType::U8, vec![dtype.bytes(shape)?])),
+        false => Some((dtype, shape.to_vec())),
+    }
+}
+
+/// An opened `.pglm` file. Its tensors share the file's bytes.
+#[derive(Debug)]
+pub struct PglmFile {
+    file: SafetensorsFile,
+    rows: HashMap<String, (DType, Row)>,
+}
+
+impl PglmFile {
+    /// Opens a file, and checks its header against its length and its hash. No data are read.
+    ///
+    /// # Errors
+    /// As [`SafetensorsFile::open`] and [`PglmFile::new`].
+    pub fn open(path: &Path, mode: ReadMode) -> Result<PglmFile> {
+        PglmFile::new(SafetensorsFile::open(path, mode)?)
+    }
+
+    /// Whether a safetensors file says that it is one.
+    pub fn is_one(file: &SafetensorsFile) -> bool {
+        file.metadata().contains_key(VERSION_KEY)
+    }
+
+    /// Checks the metadata of an opened file.
+    ///
+    /// # Errors
+    /// [`Error::Pglm`] where they are missing, of another version, or contradict the tensors; [`Error::Damaged`]
+    /// where the header has another hash than it says.
+    pub fn new(file: SafetensorsFile) -> Result<PglmFile> {
+        let path = file.path().to_owned();
+        let wrong = |what: String| Error::Pglm { path: path.clone(), what };
+        let metadata = |key: &str| {
+            let value = file.metadata().get(key).map(String::as_str);
+            value.ok_or_else(|| wrong(format!("no `{key}`: this is no pglm file")))
+        };
+        let version = metadata(VERSION_KEY)?;
+        if version != VERSION {
+            return Err(wrong(format!("version `{}`, expected {VERSION}", shown(version))));
+        }
+        check_header(&file, metadata(HEADER_KEY)?)?;
+        let table: BTreeMap<String, Row> = serde_json::from_str(metadata(TENSORS_KEY)?)
+            .map_err(|e| wrong(format!("`{TENSORS_KEY}`: {}", shown(&e.to_string()))))?;
+        let mut rows = HashMap::with_capacity(table.len());
+        for (name, row) in table {
+            let dtype = check_row(&file, &name, &row)
+                .map_err(|what| wrong(format!("tensor `{}`: {what}", shown(&name))))?;
+            rows.insert(name, (dtype, row));
+        }
+        let stray = file.names().find(|name| !name.starts_with(PAD_SCOPE) && !rows.contains_key(*name));
+        if let Some(stray) = stray {
+            return Err(wrong(format!("tensor `{}` is not in `{TENSORS_KEY}`", shown(stray))));
+        }
+        Ok(PglmFile { file, rows })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The hash of the header, and thereby of all content: two files with the same one hold the same model.
+    pub fn hash(&self) -> &str {
+        self.file.metadata().get(HEADER_KEY).map_or("", String::as_str)
+    }
+
+    /// How the model was quantised, as the text of its precision policy.
+    pub fn policy(&self) -> Option<&str> {
+        self.file.metadata().get(POLICY_KEY).map(String::as_str)
+    }
+
+    /// What the model was calibrated with.
+    pub fn calibration(&self) -> Option<&str> {
+        self.file.metadata().get(CALIBRATION_KEY).map(String::as_str)
+    }
+
+    /// The strings under `__metadata__` that are not this format's own.
+    pub fn extra(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.file.metadata().iter().map(|(k, v)| (k.as_str(), v.as_str()));
+        all.filter(|(key, _)| !key.starts_with(OWN_KEYS))
+    }
+
+    /// The names of the side files.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.file.names().filter_map(|name| name.strip_prefix(FILE_SCOPE))
+    }
+
+    /// A side file; `None` where there is none of that name.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] where the file was truncated since it was opened.
+    pub fn file(&self, name: &str) -> Result<Option<Bytes>> {
+        let name = format!("{FILE_SCOPE}{name}");
+        if !self.file.contains(&name) {
+            return Ok(None);
+        }
+        self.file.get(&name).map(|t| Some(t.shared_bytes()))
+    }
+
+    /// The tensor, sharing the file's bytes.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`], [`Error::Changed`].
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        let row = self.rows.get(name).filter(|_| is_weight(name));
+        let Some((dtype, row)) = row else {
+            return Err(Error::NoTensor { tensor: shown(name), place: self.path().to_owned() });
+        };
+        let bytes = self.file.get(name)?.shared_bytes();
+        Tensor::new(*dtype, &row.shape, bytes).map_err(|e| Error::Pglm {
+            path: self.path().to_owned(),
+            what: format!("tensor `{}`: {e}", shown(name)),
+        })
+    }
+
+    /// Reads every tensor and looks for NaN and infinity, in quantised tensors among the scales.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for the first one in the order of the data.
+    pub fn check_finite(&self) -> Result<()> {
+        for name in self.file.names().filter(|name| is_weight(name)) {
+            if let Some(index) = first_non_finite(&self.get(name)?) {
+                return Err(Error::NonFinite { path: self.path().to_owned(), tensor: shown(name), index });
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads all data and compares their hashes with those in the header. `progress` hears of bytes done and in all.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] for the first part that is not as it was written, in the order of the data.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        let length = |name: &str| self.file.info(name).map_or(0, |info| info.bytes() as u64);
+        let total = self.file.names().map(length).sum();
+        let mut done = 0;
+        for name in self.file.names() {
+            let tensor = self.file.get(name)?;
+            let mut hash = Sha256::new();
+            let mut zeros = true;
+            for piece in tensor.bytes().chunks(STEP) {
+                match self.rows.contains_key(name) {
+                    true => hash.update(piece),
+                    false => zeros &= piece.iter().all(|&b| b == 0),
+                }
+                done += piece.len() as u64;
+                progress(done, total);
+            }
+            let (wanted, found) = match self.rows.get(name) {
+                Some((_, row)) => (row.sha256.clone(), hex(&hash.finalize())),
+                None if zeros => continue,
+                None => ("of zeros".to_owned(), "that of other bytes".to_owned()),
+            };
+            if wanted != found {
+                let part = format!("tensor `{}`", shown(name));
+                return Err(Error::Damaged { path: self.path().to_owned(), part, wanted, found });
+            }
+        }
+        Ok(())
+    }
+
+    fn row_info(&self, name: &str) -> Option<TensorInfo> {
+        let (dtype, row) = self.rows.get(name).filter(|_| is_weight(name))?;
+        Some(TensorInfo { name: name.to_owned(), dtype: *dtype, shape: row.shape.clone() })
+    }
+}
+
+fn is_weight(name: &str) -> bool {
+    !name.starts_with(FILE_SCOPE) && !name.starts_with(PAD_SCOPE)
+}
+
+/// Checks the header's hash, which was taken with zeros in its own place.
+fn check_header(file: &SafetensorsFile, wanted: &str) -> Result<()> {
+    let wrong = |what: String| Error::Pglm { path: file.path().to_owned(), what };
+    if wanted.len() != NO_HASH.len() || !wanted.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        return Err(wrong(format!("`{HEADER_KEY}` is `{}`, expected 64 digits", shown(wanted))));
+    }
+    let header = file.header();
+    let entry = format!("\"{HEADER_KEY}\":\"{wanted}\"");
+    let place = find(header, entry.as_bytes());
+    let (Some(at), 1) = place else {
+        return Err(wrong(format!("`{HEADER_KEY}` stands {} times as it is written here", place.1)));
+    };
+    let digits = at + entry.len() - 1 - NO_HASH.len();
+    let mut hash = Sha256::new();
+    hash.update(header.get(..digits).unwrap_or_default());
+    hash.update(NO_HASH);
+    hash.update(header.get(digits + NO_HASH.len()..).unwrap_or_default());
+    let found = hex(&hash.finalize());
+    if found != wanted {
+        let (path, part) = (file.path().to_owned(), "the header".to_owned());
+        return Err(Error::Damaged { path, part, wanted: wanted.to_owned(), found });
+    }
+    Ok(())
+}
+
+/// Where `needle` stands first in `bytes`, and how often.
+fn find(bytes: &[u8], needle: &[u8]) -> (Option<usize>, usize) {
+    let mut places = bytes.windows(needle.len()).enumerate().filter(|(_, w)| *w == needle).map(|(i, _)| i);
+    let first = places.next();
+    (first, usize::from(first.is_some()) + places.count())
+}
+
+/// Checks one row of the table against the stored tensor; an error is the message.
+fn check_row(file: &SafetensorsFile, name: &str, row: &Row) -> Result<DType, String> {
+    let Some(info) = file.info(name) else { return Err("the file has no such tensor".into()) };
+    let dtype =
+        DType::from_name(&row.dtype).ok_or_else(|| format!("unknown format `{}`", shown(&row.dtype)))?;
+    if row.layout != ROWS {
+        return Err(format!("unknown layout `{}`, expected {ROWS}", shown(&row.layout)));
+    }
+    if row.shape.len() > MAX_RANK {
+        return Err(format!("{} dimensions, expected at most {MAX_RANK}", row.shape.len()));
+    }
+    let elements = row.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    let wanted = elements.and_then(|_| stored(dtype, &row.shape));
+    let Some((kind, shape)) = wanted else {
+        return Err(format!("shape {:?} is none of the format {dtype}", row.shape));
+    };
+    if (info.dtype, &info.shape) != (kind, &shape) {
+        return Err(format!(
+            "stored as {} of shape {:?}, but shape {:?} of the format {dtype} needs {kind} of shape {shape:?}",
+            info.dtype, info.shape, row.shape
+        ));
+    }
+    if !is_weight(name) && (dtype != DType::U8 || row.shape.len() != 1) {
+        return Err("a side file must be one run of bytes".into());
+    }
+    if row.sha256.len() != NO_HASH.len() {
+        return Err(format!("the hash `{}`, expected 64 digits", shown(&row.sha256)));
+    }
+    Ok(dtype)
+}
+
+impl WeightSource for PglmFile {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.file.names().filter_map(|name| self.row_info(name)).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.row_info(name)
+    }
+
+    fn tensor(&self, name: &str) -> pocketglm_tensor::Result<Tensor> {
+        self.get(name).map_err(|e| source_error(e, name, self.path()))
+    }
+}
+
+/// What goes into a `.pglm` file, but for the tensors' bytes.
+#[derive(Clone, Debug, Default)]
+pub struct PglmContents<'a> {
+    /// The tensors in the order of their data, with the formats in which they are stored.
+    pub tensors: Vec<TensorInfo>,
+    /// Side files: plain file name and content.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// The text of the precision policy.
+    pub policy: Option<&'a str>,
+    /// What the model was calibrated with.
+    pub calibration: Option<&'a str>,
+    /// More strings for `__metadata__`, under keys that do not begin with `pglm.`.
+    pub extra: BTreeMap<String, String>,
+}
+
+/// Writes a `.pglm` file tensor by tensor without holding any.
+///
+/// Until [`PglmWriter::finish`] the file is `.NAME.partial` beside the target, whose old content stays. Dropping the
+/// writer removes it; what a killed process leaves there is replaced by the next writer of the same target. Two
+/// writers of one target at once are refused.
+pub struct PglmWriter {
+    file: AtomicFile,
+    path: PathBuf,
+    parts: Vec<Part>,
+    by_name: HashMap<String, usize>,
+    metadata: Vec<(String, String)>,
+    header_length: u64,
+    /// Where the next byte goes unless the file is moved.
+    position: u64,
+}
+
+/// Writes every tensor of `source` with these contents, whose own list of tensors is not used. `progress` hears of
+/// bytes done and in all.
+///
+/// # Errors
+/// [`Error::Weights`] where the source fails, and those of [`PglmWriter`].
+pub fn export_pglm(
+    path: &Path,
+    source: &dyn WeightSource,
+    contents: PglmContents<'_>,
+    inputs: &[&Path],
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let contents = PglmContents { tensors: source.tensors(), ..contents };
+    let mut writer = PglmWriter::create(path, &contents, inputs)?;
+    let total = contents.tensors.iter().map(|t| t.bytes() as u64).sum();
+    let mut done = 0;
+    for info in &contents.tensors {
+        let tensor = source.tensor(&info.name).map_err(|source| Error::Weights { source })?;
+        if (tensor.dtype(), tensor.shape()) != (info.dtype, &info.shape[..]) {
+            let what = format!("tensor `{}` is not of the format that was declared", shown(&info.name));
+            return Err(Error::Write { path: path.to_owned(), what });
+        }
+        writer.write(&info.name, tensor.bytes())?;
+        done += info.bytes() as u64;
+        progress(done, total);
+    }
+    writer.finish()
+}
+
+struct Part {
+    name: String,
+    /// The format, with the shape in elements.
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Byte range in the data.
+    begin: u64,
+    end: u64,
+    written: u64,
+    /// The hash so far; fillers have none.
+    hash: Option<Sha256>,
+    digest: String,
+}
+
+impl PglmWriter {
+    /// Starts a file, and writes its side files. `inputs` are files that must not be replaced: those that the tensors
+    /// are read from.
+    ///
+    /// # Errors
+    /// [`Error::Write`] where the target is an input or another process writes it, a name occurs twice or is not
+    /// allowed, or sizes pass what [`PglmFile`] reads; [`Error::Io`].
+    pub fn create(path: &Path, contents: &PglmContents<'_>, inputs: &[&Path]) -> Result<PglmWriter> {
+        refuse_inputs(path, inputs)?;
+        let wrong = |what| Error::Write { path: path.to_owned(), what };
+        for (name, _) in &contents.files {
+            join_plain(Path::new(""), name, path)?;
+        }
+        let (parts, by_name) = plan(contents).map_err(wrong)?;
+        let metadata = metadata(contents).map_err(wrong)?;
+        let mut this = PglmWriter {
+            file: AtomicFile::create_staged(path)?,
+            path: path.to_owned(),
+            parts,
+            by_name,
+            metadata,
+            header_length: 0,
+            position: 0,
+        };
+        let header = this.header(NO_HASH)?;
+        if header.len() as u64 > MAX_HEADER_BYTES {
+            let what = format!("a header of {} bytes, expected at most {MAX_HEADER_BYTES}", header.len());
+            return Err(Error::Write { path: path.to_owned(), what });
+        }
+        this.header_length = header.len() as u64;
+        this.put(0, &(header.len() as u64).to_le_bytes())?;
+        this.put(8, &header)?;
+        this.fill_gaps()?;
+        for (name, content) in &contents.files {
+            this.append(&format!("{FILE_SCOPE}{name}"), content)?;
+        }
+        Ok(this)
+    }
+
+    /// Appends bytes to a tensor, in its format and little-endian. Tensors may come in any order.
+    ///
+    /// # Errors
+    /// [`Error::Write`] for a tensor that was not declared, or more bytes than it has; [`Error::Io`], also where the
+    /// disk is full.
+    pub fn write(&mut self, tensor: &str, bytes: &[u8]) -> Result<()> {
+        if !is_weight(tensor) {
+            let what = format!("tensor `{}` was not declared", shown(tensor));
+            return Err(Error::Write { path: self.path.clone(), what });
+        }
+        self.append(tensor, bytes)
+    }
+
+    /// Writes hashes into the header, syncs the file and gives it its final name.
+    ///
+    /// # Errors
+    /// [`Error::Write`] where bytes of a tensor are missing: then nothing changes under the final name.
+    /// [`Error::Io`].
+    pub fn finish(mut self) -> Result<()> {
+        let mut short = self.parts.iter().filter(|p| p.written != p.end - p.begin);
+        if let Some(part) = short.next() {
+            let what = format!(
+                "tensor `{}` has {} bytes, {} were given ({} tensors are incomplete)",
+                shown(&part.name),
+                part.end - part.begin,
+                part.written,
+                1 + short.count()
+            );
+            return Err(Error::Write { path: self.path, what });
+        }
+        for part in &mut self.parts {
+            if let Some(hash) = part.hash.take() {
+                part.digest = hex(&hash.finalize());
+            }
+        }
+        let hash = sha256(&self.header(NO_HASH)?);
+        let header = self.header(&hash)?;
+        if header.len() as u64 != self.header_length {
+            let what = format!("the header grew from {} to {} bytes", self.header_length, header.len());
+            return Err(Error::Write { path: self.path, what });
+        }
+        self.put(8, &header)?;
+        self.file.commit()
+    }
+
+    fn append(&mut self, tensor: &str, bytes: &[u8]) -> Result<()> {
+        let wrong = |what| Error::Write { path: self.path.clone(), what };
+        let part = self.by_name.get(tensor).and_then(|&i| self.parts.get_mut(i));
+        let Some(part) = part else {
+            return Err(wrong(format!("tensor `{}` was not declared", shown(tensor))));
+        };
+        let (length, after) = (part.end - part.begin, part.written.saturating_add(bytes.len() as u64));
+        if after > length {
+            let what = format!("tensor `{}` has {length} bytes, {after} were given", shown(tensor));
+            return Err(wrong(what));
+        }
+        let at = 8 + self.header_length + part.begin + part.written;
+        // Counted and hashed before the write: after a failed one the writer is of no more use.
+        part.written = after;
+        if let Some(hash) = &mut part.hash {
+            hash.update(bytes);
+        }
+        self.put(at, bytes)
+    }
+
+    fn fill_gaps(&mut self) -> Result<()> {
+        let gaps = self.parts.iter_mut().filter(|p| p.hash.is_none());
+        let gaps: Vec<(u64, u64)> = gaps
+            .map(|p| {
+                p.written = p.end - p.begin;
+                (p.begin, p.written)
+            })
+            .collect();
+        for (begin, length) in gaps {
+            let zeros = [0u8; ALIGNMENT as usize];
+            let zeros = zeros.get(..length as usize).unwrap_or_default();
+            self.put(8 + self.header_length + begin, zeros)?;
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        if at != self.position {
+            self.file.out.seek(SeekFrom::Start(at)).map_err(io_error("seek in", &self.path))?;
+        }
+        self.file.out.write_all(bytes).map_err(io_error("write", &self.path))?;
+        self.position = at + bytes.len() as u64;
+        Ok(())
+    }
+
+    /// The header with the hashes known so far, padded so that the data are aligned. Its length is always the same.
+    fn header(&self, own_hash: &str) -> Result<Vec<u8>> {
+        let wrong = |e: serde_json::Error| Error::Write { path: self.path.clone(), what: e.to_string() };
+        let mut table = Map::new();
+        for part in self.parts.iter().filter(|p| p.hash.is_some() || p.digest != NO_HASH) {
+            let row = Row {
+                dtype: part.dtype.name().to_owned(),
+                shape: part.shape.clone(),
+                layout: ROWS.to_owned(),
+                sha256: part.digest.clone(),
+            };
+            table.insert(part.name.clone(), serde_json::to_value(row).map_err(wrong)?);
+        }
+        let mut metadata = Map::new();
+        for (key, value) in &self.metadata {
+            metadata.insert(key.clone(), value.as_str().into());
+        }
+        metadata.insert(TENSORS_KEY.into(), serde_json::to_string(&table).map_err(wrong)?.into());
+        metadata.insert(HEADER_KEY.into(), own_hash.into());
+        let mut header = Map::new();
+        header.insert(METADATA_KEY.into(), Value::Object(metadata));
+        for part in &self.parts {
+            let (kind, shape) = stored(part.dtype, &part.shape).unwrap_or((DType::U8, Vec::new()));
+            let offsets = [part.begin, part.end];
+            header.insert(
+                part.name.clone(),
+                json!({ "dtype": kind.name(), "shape": shape, "data_offsets": offsets }),
+            );
+        }
+        let mut header = serde_json::to_vec(&header).map_err(wrong)?;
+        let padded = (8 + header.len()).next_multiple_of(ALIGNMENT as usize) - 8;
+        header.resize(padded, b' ');
+        Ok(header)
+    }
+}
+
+/// The strings for `__metadata__` but those that are made of hashes.
+fn metadata(contents: &PglmContents<'_>) -> Result<Vec<(String, String)>, String> {
+    if let Some(key) = contents.extra.keys().find(|k| k.starts_with(OWN_KEYS)) {
+        return Err(format!("the metadata key `{}` begins with {OWN_KEYS}", shown(key)));
+    }
+    let mut all = vec![(VERSION_KEY.to_owned(), VERSION.to_owned())];
+    let texts = [(POLICY_KEY, contents.policy), (CALIBRATION_KEY, contents.calibration)];
+    all.extend(texts.iter().filter_map(|(key, text)| Some(((*key).to_owned(), (*text)?.to_owned()))));
+    all.extend(contents.extra.iter().map(|(k, v)| (k.clone(), v.clone())));
+    Ok(all)
+}
+
+/// Every part of the data in order, side files first; an error is the message.
+fn plan(contents: &PglmContents<'_>) -> Result<(Vec<Part>, HashMap<String, usize>), String> {
+    let files = contents.files.iter().map(|(name, content)| TensorInfo {
+        name: format!("{FILE_SCOPE}{name}"),
+        dtype: DType::U8,
+        shape: vec![content.len()],
+    });
+    // Fillers count as tensors for readers.
+    if contents.files.len() + contents.tensors.len() > MAX_TENSORS / 2 {
+        return Err(format!("{} tensors, expected at most {}", contents.tensors.len(), MAX_TENSORS / 2));
+    }
+    let mut parts: Vec<Part> = Vec::new();
+    let mut by_name = HashMap::new();
+    let mut at = 0u64;
+    let mut pads = 0;
+    for (i, info) in files.chain(contents.tensors.iter().cloned()).enumerate() {
+        let name = shown(&info.name);
+        if i >= contents.files.len() && (!is_weight(&info.name) || info.name == METADATA_KEY) {
+            return Err(format!("a tensor cannot have the name `{name}`"));
+        }
+        if info.shape.len() > MAX_RANK {
+            return Err(format!(
+                "tensor `{name}` has {} dimensions, expected at most {MAX_RANK}",
+                info.shape.len()
+            ));
+        }
+        let length = info.dtype.bytes(&info.shape).map(|n| n as u64);
+        // Halved, so that adding a header cannot overflow either.
+        let end = length.and_then(|n| at.checked_add(n)).filter(|&end| end <= u64::MAX / 2);
+        let Some(end) = end else {
+            return Err(format!(
+                "tensor `{name}` of shape {:?} is too large, or no shape of the format {}",
+                info.shape, info.dtype
+            ));
+        };
+        if by_name.insert(info.name.clone(), parts.len()).is_some() {
+            return Err(format!("tensor `{name}` was declared twice"));
+        }
+        let part = |name: String, dtype, shape, begin, end, hash| Part {
+            name,
+            dtype,
+            shape,
+            begin,
+            end,
+            written: 0,
+            hash,
+            digest: NO_HASH.to_owned(),
+        };
+        parts.push(part(info.name, info.dtype, info.shape, at, end, Some(Sha256::new())));
+        at = end.next_multiple_of(ALIGNMENT);
+        if at > end {
+            let shape = vec![(at - end) as usize];
+            parts.push(part(format!("{PAD_SCOPE}{pads}"), DType::U8, shape, end, at, None));
+            pads += 1;
+        }
+    }
+    Ok((parts, by_name))
+}

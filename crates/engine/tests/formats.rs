@@ -1,0 +1,311 @@
+//! A checkpoint that is written as GGUF or as `.pglm` answers as it did.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test: what fails is a failed test"
+)]
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pocketglm_checkpoint::{
+    Checkpoint, Converted, GgufExport, GgufFile, NameRules, OpenOptions, PglmContents, ReadMode, Renamed,
+    export_gguf, export_pglm, to_plain,
+};
+use pocketglm_engine::{
+    Content, DType, Engine, EngineOptions, GenerateOptions, Message, Part, Picture, Request,
+};
+use pocketglm_glm::LAYOUTS;
+use pocketglm_tensor::{TensorInfo, WeightSource};
+use serde_json::Value;
+
+const CHECKPOINTS: [&str; 14] = [
+    "default",
+    "real-head-dim",
+    "kv-heads-1",
+    "kv-heads-all",
+    "kv-heads-8-2",
+    "patch-8",
+    "merge-3",
+    "temporal-1",
+    "bf16",
+    "f16",
+    "tied",
+    "eps",
+    "sharded-v4",
+    "other-names",
+];
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Folder {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name =
+            format!("pocketglm-formats-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name)
+}
+
+fn open(path: &Path) -> Engine {
+    Engine::open(path, EngineOptions { threads: 2, context: 1024, ..EngineOptions::default() }).unwrap()
+}
+
+/// A checkpoint under canonical names.
+fn source(name: &str) -> Renamed<Checkpoint> {
+    let checkpoint = Checkpoint::open(golden(name), &OpenOptions::default()).unwrap();
+    let wanted = ["model.language_model.embed_tokens.weight"];
+    let rules = NameRules::detect(&checkpoint, LAYOUTS, &wanted).unwrap();
+    Renamed::new(checkpoint, rules).unwrap()
+}
+
+/// Writes text and vision file with matrices in `dtype`.
+fn write_gguf(source: &Renamed<Checkpoint>, dtype: DType, folder: &Path) {
+    let checkpoint = source.source();
+    let config = checkpoint.required_json("config.json").unwrap();
+    let tokenizer = checkpoint.bytes("tokenizer.json").unwrap().unwrap();
+    let template = checkpoint.text("chat_template.jinja").unwrap();
+    let preprocessor = checkpoint.json("preprocessor_config.json").unwrap();
+    let converted = Converted {
+        source,
+        dtype: Box::new(move |info: &TensorInfo| if info.shape.len() > 1 { dtype } else { info.dtype }),
+        convert: Box::new(|_, tensor, dtype| to_plain(&tensor, dtype)),
+    };
+    let export = GgufExport {
+        source: &converted,
+        config: &config,
+        tokenizer: tokenizer.as_slice(),
+        chat_template: template.as_deref(),
+        preprocessor: preprocessor.as_ref(),
+        name: "tiny",
+        extra: Vec::new(),
+    };
+    let (mut last, mut steps) = ((0, 0), 0);
+    let vision = folder.join("mmproj.gguf");
+    export_gguf(
+        &export,
+        &folder.join("text.gguf"),
+        Some(&vision),
+        &checkpoint.files(),
+        &mut |done, total| {
+            assert!(done <= total && done >= last.0);
+            last = (done, total);
+            steps += 1;
+        },
+    )
+    .unwrap();
+    assert!(steps > 10 && last.0 == last.1);
+}
+
+/// Two conversations, one with a picture of odd size.
+fn requests() -> [Request; 2] {
+    let pixels = (0..37 * 61 * 3).map(|i| (i * 7919 % 251) as u8).collect();
+    let picture = Picture::rgb8(37, 61, pixels).unwrap();
+    let parts = vec![Part::Image(picture), Part::Text("Where is the button?".into())];
+    [
+        Request::Messages(vec![Message::text("system", "Short."), Message::text("user", "What is 17 + 4?")]),
+        Request::Messages(vec![Message { role: "user".into(), content: Content::Parts(parts) }]),
+    ]
+}
+
+fn greedy(engine: &Engine, request: &Request) -> (Vec<u32>, Vec<u32>, String) {
+    let prompt = engine.prompt(request).unwrap();
+    let options = GenerateOptions { max_new_tokens: 24, ignore_eos: true, ..GenerateOptions::default() };
+    let mut session = engine.session();
+    let mut generation = session.generate(&prompt, &options).unwrap();
+    let text = generation.text().unwrap();
+    (prompt.token_ids().to_vec(), generation.token_ids().to_vec(), text)
+}
+
+#[test]
+fn every_checkpoint_written_as_gguf_answers_as_before() {
+    let mut compared = 0;
+    for name in CHECKPOINTS {
+        let original = open(&golden(name));
+        let source = source(name);
+        let lossless = source.tensors().iter().all(|t| t.dtype == DType::F16);
+        for dtype in [DType::F32, DType::F16] {
+            // Another rounding of the weights is another model.
+            if dtype == DType::F16 && !lossless {
+                continue;
+            }
+            let folder = Folder::new();
+            write_gguf(&source, dtype, &folder.0);
+            let gguf = open(&folder.0);
+            for request in requests() {
+                assert_eq!(greedy(&gguf, &request), greedy(&original, &request), "{name} {dtype}");
+                compared += 1;
+            }
+        }
+    }
+    assert_eq!(compared, 2 * (CHECKPOINTS.len() + 1));
+}
+
+#[test]
+fn a_checkpoint_in_f16_answers_alike_from_both_formats() {
+    // The original is of another type here, so both are compared with each other.
+    for name in ["default", "bf16", "merge-3"] {
+        let source = source(name);
+        let folder = Folder::new();
+        write_gguf(&source, DType::F16, &folder.0);
+        let converted = Converted {
+            source: &source,
+            dtype: Box::new(|info: &TensorInfo| if info.shape.len() > 1 { DType::F16 } else { info.dtype }),
+            convert: Box::new(|_, tensor, dtype| to_plain(&tensor, dtype)),
+        };
+        let path = folder.0.join("model.pglm");
+        write_pglm(&path, &converted, source.source());
+        let (gguf, pglm) = (open(&folder.0.join("text.gguf")), open(&path));
+        for request in requests() {
+            assert_eq!(greedy(&gguf, &request), greedy(&pglm, &request), "{name}");
+        }
+    }
+}
+
+fn write_pglm(path: &Path, weights: &dyn WeightSource, checkpoint: &Checkpoint) {
+    let files = checkpoint.side_files().unwrap();
+    let contents = PglmContents {
+        files: files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect(),
+        policy: Some("* = f16"),
+        ..PglmContents::default()
+    };
+    export_pglm(path, weights, contents, &checkpoint.files(), &mut |_, _| {}).unwrap();
+}
+
+#[test]
+fn every_checkpoint_written_as_pglm_answers_as_before() {
+    for name in CHECKPOINTS {
+        let source = source(name);
+        let folder = Folder::new();
+        let path = folder.0.join("model.pglm");
+        write_pglm(&path, &source, source.source());
+        let (original, pglm) = (open(&golden(name)), open(&path));
+        for request in requests() {
+            assert_eq!(greedy(&pglm, &request), greedy(&original, &request), "{name}");
+        }
+        assert_eq!(pglm.info().bytes, original.info().bytes, "{name}");
+        // A folder with the file alone is the same model.
+        assert_eq!(open(&folder.0).info().tensors, original.info().tensors, "{name}");
+    }
+}
+
+#[test]
+fn row_order_matters_so_the_comparison_would_notice_a_wrong_one() {
+    // The negative control: without the key that says so, the permuted rows are taken as they stand.
+    let source = source("default");
+    let folder = Folder::new();
+    write_gguf(&source, DType::F32, &folder.0);
+    let path = folder.0.join("text.gguf");
+    let good = greedy(&open(&folder.0), &requests()[0]).1;
+    let mut bytes = std::fs::read(&path).unwrap();
+    let key = b"glm4.rope.dimension_sections";
+    let at = bytes.windows(key.len()).position(|w| w == key).unwrap();
+    bytes[at..at + key.len()].copy_from_slice(b"glm4.rope.dimension_sectionz");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, bytes).unwrap();
+    let engine = open(&folder.0);
+    assert_ne!(greedy(&engine, &requests()[0]).1, good);
+    // And a file of this kind says that pictures will suffer.
+    let checkpoint = Checkpoint::open(&folder.0, &OpenOptions::default()).unwrap();
+    assert!(
+        checkpoint.notes().iter().any(|n| n.contains("rope.dimension_sections")),
+        "{:?}",
+        checkpoint.notes()
+    );
+}
+
+#[test]
+fn written_keys_are_those_of_the_converters() {
+    let source = source("default");
+    let folder = Folder::new();
+    write_gguf(&source, DType::F32, &folder.0);
+    let text = GgufFile::open(&folder.0.join("text.gguf"), ReadMode::Map).unwrap();
+    assert_eq!(text.string("general.architecture").unwrap(), Some("glm4"));
+    assert_eq!(text.required("glm4.rope.dimension_count", 0..=64).unwrap(), 8);
+    let sections = text.numbers::<4>("glm4.rope.dimension_sections", 0.0..=64.0).unwrap();
+    assert_eq!(sections, Some([1.0, 1.0, 2.0, 0.0]));
+    let gguf = Checkpoint::open(&folder.0, &OpenOptions::default()).unwrap();
+    let config: Value = gguf.required_json("config.json").unwrap();
+    for (file, field) in [
+        ("generation_config.json", "eos_token_id"),
+        ("generation_config.json", "pad_token_id"),
+        ("tokenizer_config.json", "eos_token"),
+        ("preprocessor_config.json", "size"),
+        ("preprocessor_config.json", "temporal_patch_size"),
+    ] {
+        let (ours, theirs) =
+            (gguf.required_json(file).unwrap(), source.source().required_json(file).unwrap());
+        assert_eq!(ours[field], theirs[field], "{file} {field}");
+    }
+    let images = |checkpoint: &Checkpoint| checkpoint.required_json("preprocessor_config.json").unwrap();
+    for field in ["image_mean", "image_std"] {
+        // GGUF has them in f32, in which they are used.
+        let numbers = |v: Value| -> Vec<f32> {
+            v[field].as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+        };
+        assert_eq!(numbers(images(&gguf)), numbers(images(source.source())), "{field}");
+    }
+    let template = gguf.text("chat_template.jinja").unwrap();
+    assert_eq!(template, source.source().text("chat_template.jinja").unwrap());
+    let original = source.source().required_json("config.json").unwrap();
+    for field in ["image_token_id", "video_token_id", "video_start_token_id", "video_end_token_id"] {
+        assert_eq!(config[field], original[field], "{field}");
+    }
+    for field in ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "rms_norm_eps"] {
+        assert_eq!(config["text_config"][field], original["text_config"][field], "{field}");
+    }
+    for field in [
+        "depth",
+        "hidden_size",
+        "num_heads",
+        "image_size",
+        "patch_size",
+        "out_hidden_size",
+        "intermediate_size",
+        "spatial_merge_size",
+        "temporal_patch_size",
+    ] {
+        assert_eq!(config["vision_config"][field], original["vision_config"][field], "{field}");
+    }
+}
+
+#[test]
+fn a_text_model_without_picture_positions_keeps_its_row_order() {
+    let source = source("default");
+    let checkpoint = source.source();
+    let mut config = checkpoint.required_json("config.json").unwrap();
+    config["text_config"]["rope_parameters"].as_object_mut().unwrap().remove("mrope_section").unwrap();
+    let tokenizer = checkpoint.bytes("tokenizer.json").unwrap().unwrap();
+    let template = checkpoint.text("chat_template.jinja").unwrap();
+    let export = GgufExport {
+        source: &source,
+        config: &config,
+        tokenizer: tokenizer.as_slice(),
+        chat_template: template.as_deref(),
+        preprocessor: None,
+        name: "tiny",
+        extra: Vec::new(),
+    };
+    let folder = Folder::new();
+    let path = folder.0.join("text.gguf");
+    export_gguf(&export, &path, None, &[], &mut |_, _| {}).unwrap();
+    let file = GgufFile::open(&path, ReadMode::Map).unwrap();
+    assert!(file.array("glm4.rope.dimension_sections").unwrap().is_none());
+    // Text stands at the same place on all axes, so the sections do not matter to it.
+    let request = &requests()[0];
+    assert_eq!(greedy(&open(&path), request), greedy(&open(&golden("default")), request));
+}
