@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pocketglm_tensor::ops::linear_scratch_bytes;
-use pocketglm_tensor::{AlignedF32, Cpu, DType, Tensor, Weight, WeightSource};
+use pocketglm_tensor::ops::{linear_scratch_bytes, packed_scratch_bytes};
+use pocketglm_tensor::{
+    AlignedF32, Cpu, DType, Packed, PackedFormat, RowCodes, ScaleKind, Tensor, Weight, WeightSource,
+};
 
 use crate::backend::{Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState};
 use crate::dim::{Bindings, eval_shape};
@@ -48,6 +50,10 @@ enum Held {
     Nothing,
     /// A weight as stored.
     Stored(Tensor),
+    /// A quantised matrix in the kernels' layout.
+    Packed(Packed),
+    /// A quantised table of which rows are read, as stored.
+    Rows(Tensor),
     /// Values in f32.
     Values(AlignedF32),
 }
@@ -81,6 +87,7 @@ const PLANS: usize = 4;
 impl CpuProgram {
     fn new(cpu: Arc<Cpu>, graph: Graph, weights: &dyn WeightSource) -> Result<CpuProgram> {
         let stored = stored_as_they_are(&graph);
+        let by_row = read_by_row(&graph);
         let states = graph.nodes.iter().enumerate().filter_map(|(i, n)| match &n.op {
             Op::State(s) => Some((i, s.name.clone())),
             _ => None,
@@ -96,7 +103,17 @@ impl CpuProgram {
         for (i, keep) in stored.into_iter().enumerate() {
             let node = &program.graph.nodes[i];
             let held = match &node.op {
-                Op::Weight(w) => vec![hold(&weights.tensor(&w.name)?.reshaped(&w.shape)?, &w.name, keep)?],
+                Op::Weight(w) if keep && !by_row[i] && w.dtype.is_quantised() => {
+                    vec![Held::Packed(pack(&program.cpu, weights, &w.name, &w.shape)?)]
+                }
+                Op::Weight(w) => {
+                    let tensor = weights.tensor(&w.name)?;
+                    if keep && by_row[i] && w.dtype.is_quantised() {
+                        vec![Held::Rows(tensor)]
+                    } else {
+                        vec![hold(&tensor, &w.name, keep)?]
+                    }
+                }
                 Op::Constant(c) => vec![hold(&c.tensor, "a constant", keep)?],
                 op if node.load_time => {
                     program.load_time(i).map_err(|e| e.at(format!("{} {}", node.scope, op.name())))?
@@ -144,6 +161,8 @@ impl CpuProgram {
         Ok(match &self.held[v.node()][v.port()] {
             Held::Values(x) => Data::F32(x),
             Held::Stored(t) => Data::Weight(Weight::of(t)?),
+            Held::Packed(p) => Data::Weight(Weight::Packed(p)),
+            Held::Rows(t) => Data::Rows(t),
             Held::Nothing => {
                 return Err(Error::Name {
                     kind: "state",
@@ -186,6 +205,68 @@ fn stored_as_they_are(graph: &Graph) -> Vec<bool> {
     stored
 }
 
+/// For each node whether all that its users do is to read rows of it.
+fn read_by_row(graph: &Graph) -> Vec<bool> {
+    let mut by_row = vec![true; graph.nodes.len()];
+    for node in &graph.nodes {
+        for v in &node.inputs {
+            by_row[v.node()] &= matches!(node.op, Op::GatherRows(_));
+        }
+    }
+    by_row
+}
+
+/// A quantised matrix in the kernels' layout: as the source has it, or packed now.
+fn pack(cpu: &Cpu, weights: &dyn WeightSource, name: &str, shape: &[usize]) -> Result<Packed> {
+    if let Some(packed) = weights.packed(name)? {
+        return Ok(packed);
+    }
+    let tensor = weights.tensor(name)?;
+    let dtype = tensor.dtype();
+    let wrong = || pocketglm_tensor::Error::TooLarge { shape: shape.to_vec(), dtype };
+    let (&[rows, k], Some(format)) = (shape, PackedFormat::of(dtype)) else { return Err(wrong().into()) };
+    let row_bytes = dtype.row_bytes(k).ok_or_else(wrong)?;
+    let bytes = tensor.bytes();
+    let failed = Mutex::new(None);
+    let take_apart = |row: usize, codes: &mut RowCodes| {
+        let stored = bytes.get(row * row_bytes..(row + 1) * row_bytes).unwrap_or(&[]);
+        pocketglm_quant::take_apart(dtype, stored, k, codes).map_err(|source| {
+            let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+            failed.get_or_insert(Error::Quantised { name: name.into(), row, source });
+            wrong()
+        })?;
+        let finite = |bits: &u16| match format.scale {
+            ScaleKind::BF16 => bits & 0x7f80 != 0x7f80,
+            _ => bits & 0x7c00 != 0x7c00,
+        };
+        if codes.scales.iter().chain(&codes.minima).all(finite) {
+            return Ok(());
+        }
+        Err(pocketglm_tensor::Error::Source {
+            name: name.into(),
+            place: "the checkpoint".into(),
+            what: format!("row {row} has a scale that is not a finite number"),
+        })
+    };
+    let packed = Packed::pack(cpu, format, rows, k, &take_apart);
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(packed?),
+    }
+}
+
+/// The values of a quantised tensor.
+fn widened(tensor: &Tensor, name: &str) -> Result<AlignedF32> {
+    let k = tensor.shape().last().copied().unwrap_or(1).max(1);
+    let bytes = tensor.dtype().row_bytes(k).unwrap_or(0).max(1);
+    let mut values = AlignedF32::zeroed(tensor.elements())?;
+    for (row, (stored, values)) in tensor.bytes().chunks(bytes).zip(values.chunks_mut(k)).enumerate() {
+        pocketglm_quant::dequantise_row(tensor.dtype(), stored, values)
+            .map_err(|source| Error::Quantised { name: name.into(), row, source })?;
+    }
+    Ok(values)
+}
+
 /// The names that shapes and views of a graph depend on. What only ops depend on, such as the number of keys of
 /// a fused attention, is not among them, so a decode step finds the plan of the last one.
 fn symbols(graph: &Graph) -> Vec<&'static str> {
@@ -208,6 +289,11 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
     if keep && tensor.dtype().is_float() {
         return Ok(Held::Stored(tensor.clone().aligned()?));
     }
+    if tensor.dtype().is_quantised() {
+        let values = widened(tensor, name)?;
+        finite(&values, name)?;
+        return Ok(Held::Values(values));
+    }
     if !tensor.dtype().is_float() {
         return Err(pocketglm_tensor::Error::DType {
             op: "weight",
@@ -217,17 +303,22 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
         .into());
     }
     let values = tensor.to_f32()?;
-    if let Some(i) = values.iter().position(|v| !v.is_finite()) {
-        return Err(pocketglm_tensor::Error::Source {
+    finite(&values, name)?;
+    let mut copy = AlignedF32::zeroed(values.len())?;
+    copy.copy_from_slice(&values);
+    Ok(Held::Values(copy))
+}
+
+fn finite(values: &[f32], name: &str) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(pocketglm_tensor::Error::Source {
             name: name.into(),
             place: "the checkpoint".into(),
             what: format!("element {i} is {}, expected a finite number", values[i]),
         }
-        .into());
+        .into()),
     }
-    let mut copy = AlignedF32::zeroed(values.len())?;
-    copy.copy_from_slice(&values);
-    Ok(Held::Values(copy))
 }
 
 impl Program for CpuProgram {
@@ -468,17 +559,18 @@ pub fn plan_memory(graph: &Graph, bindings: &Bindings, cpu: &Cpu) -> Result<Prog
 fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
     let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
     let stored = stored_as_they_are(graph);
-    let mut by_row = vec![true; graph.nodes.len()];
-    for node in &graph.nodes {
-        for v in &node.inputs {
-            by_row[v.node()] &= matches!(node.op, Op::GatherRows(_));
-        }
-    }
+    let by_row = read_by_row(graph);
     for (i, node) in graph.nodes.iter().enumerate() {
         let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();
         match &node.op {
             Op::Weight(w) if stored[i] && by_row[i] => {
                 memory.gathered += w.dtype.bytes(&w.shape).unwrap_or(0) as u64
+            }
+            Op::Weight(w) if stored[i] && w.dtype.is_quantised() => {
+                // Packed at load; the stored bytes are read once and are not in memory afterwards.
+                if let (Some(format), &[rows, k]) = (PackedFormat::of(w.dtype), w.shape.as_slice()) {
+                    memory.converted += Packed::bytes_for(format, rows, k)? as u64;
+                }
             }
             Op::Weight(w) if stored[i] => memory.weights += w.dtype.bytes(&w.shape).unwrap_or(0) as u64,
             Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
@@ -488,7 +580,10 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 let x = plan.shape(node.inputs[0]);
                 let k = x.last().copied().unwrap_or(0);
                 let m = x.iter().rev().skip(1).product();
-                memory.scratch = memory.scratch.max(linear_scratch_bytes(cpu, m, k) as u64);
+                let quantised = |v: &Value| graph.meta(*v).dtype.is_quantised();
+                let packed = node.inputs.iter().any(quantised);
+                let bytes = if packed { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
+                memory.scratch = memory.scratch.max(bytes as u64);
             }
             Op::Attention(a) => {
                 let t = plan.shape(node.inputs[0])[0];

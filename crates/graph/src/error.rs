@@ -56,6 +56,16 @@ pub enum Error {
         /// Bytes left.
         available: u64,
     },
+    /// A quantised weight cannot be read.
+    #[error("tensor `{name}`, row {row}: {source}")]
+    Quantised {
+        /// Name in the checkpoint.
+        name: String,
+        /// Row of the matrix.
+        row: usize,
+        /// What is wrong with it.
+        source: pocketglm_quant::Error,
+    },
     /// A kernel, tensor or weight source failed.
     #[error(transparent)]
     Tensor(#[from] pocketglm_tensor::Error),

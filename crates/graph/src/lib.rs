@@ -30,3 +30,6 @@ pub use plan::Plan;
 
 /// Result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod quantised_tests;

@@ -1,6 +1,6 @@
 //! Rows by index: embedding look-up, bicubic position table, and picture rows put among text rows.
 
-use pocketglm_tensor::{DType, ops as kernels};
+use pocketglm_tensor::{DType, Tensor, ops as kernels};
 
 use super::{Call, OpDef, operands, shape_error};
 use crate::graph::Meta;
@@ -28,11 +28,33 @@ impl OpDef for GatherRows {
         i == 0
     }
     fn run(&self, call: &mut Call<'_, '_>) -> Result<()> {
-        let (table, ids) = (call.weight("gather_rows", 0)?, call.i32("gather_rows", 1)?);
+        let ids = call.i32("gather_rows", 1)?;
         let c = call.shape("gather_rows", 0)?[1];
+        if let Some(table) = call.rows("gather_rows", 0)? {
+            return quantised_rows(table, c, ids, call.output("gather_rows", 0)?);
+        }
+        let table = call.weight("gather_rows", 0)?;
         let ids: Vec<i64> = ids.iter().map(|&i| i64::from(i)).collect();
         Ok(kernels::gather_rows(call.cpu, table, c, &ids, call.output("gather_rows", 0)?)?)
     }
+}
+
+/// Rows of a quantised table, which stays as it is stored.
+fn quantised_rows(table: &Tensor, c: usize, ids: &[i32], y: &mut [f32]) -> Result<()> {
+    let bytes = table.dtype().row_bytes(c).unwrap_or(0);
+    for (&id, y) in ids.iter().zip(y.chunks_exact_mut(c.max(1))) {
+        let at = usize::try_from(id).ok().and_then(|i| i.checked_mul(bytes));
+        let row =
+            at.and_then(|at| table.bytes().get(at..at.checked_add(bytes)?)).ok_or_else(|| Error::Shape {
+                op: "gather_rows",
+                wanted: format!("ids below {}", table.shape().first().copied().unwrap_or(0)),
+                found: id.to_string(),
+            })?;
+        let row_error =
+            |source| Error::Quantised { name: "a table".into(), row: id.unsigned_abs() as usize, source };
+        pocketglm_quant::dequantise_row(table.dtype(), row, y).map_err(row_error)?;
+    }
+    Ok(())
 }
 
 /// `y[i, :] = sum over j of weights[i, j] * table[taps[i, j], :]`; taps and weights `[n, 16]`.

@@ -23,7 +23,9 @@ impl OpDef for MatMul {
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let [a, b] = operands::<2>("matmul", inputs)?;
         let wrong = || shape_error("matmul", "a [.., k] and b [n, k], or batches of both", inputs);
-        let (Some((k, rows)), true) = (a.shape.split_last(), a.dtype.is_float() && b.dtype.is_float()) else {
+        let (Some((k, rows)), true) =
+            (a.shape.split_last(), a.dtype.is_float() && (b.dtype.is_float() || b.dtype.is_quantised()))
+        else {
             return Err(wrong());
         };
         let n = match (b.shape.as_slice(), self.transposed) {

@@ -19,7 +19,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-use pocketglm_tensor::{Cpu, DType, Weight};
+use pocketglm_tensor::{Cpu, DType, Tensor, Weight};
 
 pub use attention::{Attention, AttentionMask};
 pub use conv::{BatchNorm, Conv};
@@ -102,6 +102,8 @@ pub(crate) enum Data<'a> {
     F32(&'a [f32]),
     I32(&'a [i32]),
     Weight(Weight<'a>),
+    /// A quantised table, of which rows are read.
+    Rows(&'a Tensor),
 }
 
 /// A running op: operands, results and where to work.
@@ -129,7 +131,8 @@ impl<'a> Call<'a, '_> {
         match self.operand(op, i)?.data {
             Data::F32(x) | Data::Weight(Weight::F32(x)) => Ok(x),
             Data::I32(_) => Err(kind(op, i, "f32", "i32")),
-            Data::Weight(_) => Err(kind(op, i, "f32", "a 16-bit weight")),
+            Data::Weight(_) => Err(kind(op, i, "f32", "a 16-bit or packed weight")),
+            Data::Rows(t) => Err(kind(op, i, "f32", t.dtype().name())),
         }
     }
 
@@ -147,7 +150,16 @@ impl<'a> Call<'a, '_> {
             Data::Weight(w) => Ok(w),
             Data::F32(x) => Ok(Weight::F32(x)),
             Data::I32(_) => Err(kind(op, i, "a weight", "i32")),
+            Data::Rows(t) => Err(kind(op, i, "a weight", t.dtype().name())),
         }
+    }
+
+    /// Operand `i` where it is a quantised table.
+    pub fn rows(&self, op: &'static str, i: usize) -> Result<Option<&'a Tensor>> {
+        Ok(match self.operand(op, i)?.data {
+            Data::Rows(t) => Some(t),
+            _ => None,
+        })
     }
 
     /// Shape of operand `i`.
