@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{Mmap, MmapOptions};
-use pocketglm_tensor::{AlignedF32, Bytes};
+use pocketglm_tensor::{AlignedF32, Bytes, BytesOwner};
 
 use crate::error::io_error;
 use crate::file::open_regular;
@@ -51,7 +52,7 @@ impl FileBytes {
             }
             ReadMode::Map => {
                 let map = map(&file, wanted).map_err(io_error("map", path))?;
-                let bytes = Bytes::from_owner(Arc::new(map));
+                let bytes = Bytes::from_owner(Arc::new(Mapping(map)));
                 FileBytes { path: path.to_owned(), bytes, mapped: Some(file) }
             }
             ReadMode::Read => {
@@ -103,6 +104,30 @@ fn check_length(path: &Path, file: &File, wanted: u64) -> Result<()> {
         return Err(Error::Changed { path: path.to_owned(), what });
     }
     Ok(())
+}
+
+/// A mapped file.
+struct Mapping(Mmap);
+
+/// Pages are at most so large on the systems that this runs on.
+const PAGE: usize = 64 << 10;
+
+impl BytesOwner for Mapping {
+    fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    #[cfg(unix)]
+    fn release(&self, range: Range<usize>) {
+        // Pages that other bytes share stay.
+        let (begin, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+        if begin < end && end <= self.0.len() {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the mapping is a file's and read-only, so what is dropped is read again from the file, the
+            // same as before.
+            let _ = unsafe { self.0.unchecked_advise_range(advice, begin, end - begin) };
+        }
+    }
 }
 
 /// Maps the first `length` bytes of a regular file, read-only.

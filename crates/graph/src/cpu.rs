@@ -251,7 +251,11 @@ fn pack(cpu: &Cpu, weights: &dyn WeightSource, name: &str, shape: &[usize]) -> R
     let packed = Packed::pack(cpu, format, rows, k, &take_apart);
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(packed?),
+        None => {
+            let packed = packed?;
+            tensor.shared_bytes().release();
+            Ok(packed)
+        }
     }
 }
 
@@ -292,6 +296,7 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
     if tensor.dtype().is_quantised() {
         let values = widened(tensor, name)?;
         finite(&values, name)?;
+        tensor.shared_bytes().release();
         return Ok(Held::Values(values));
     }
     if !tensor.dtype().is_float() {

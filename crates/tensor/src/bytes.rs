@@ -6,17 +6,41 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{Error, Result};
 
+/// Memory that [`Bytes`] share.
+pub trait BytesOwner: Send + Sync {
+    /// All bytes, always the same ones.
+    fn bytes(&self) -> &[u8];
+
+    /// Says that the bytes in `range` will not be read soon: what is mapped from a file may leave memory and is read
+    /// again when it is asked for.
+    fn release(&self, range: Range<usize>) {
+        let _ = range;
+    }
+}
+
+impl BytesOwner for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+}
+
+impl BytesOwner for AlignedF32 {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self[..])
+    }
+}
+
 /// A shared, immutable run of bytes: part of a mapped file or of an owned buffer. Cloning copies no data.
 #[derive(Clone)]
 pub struct Bytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn BytesOwner>,
     range: Range<usize>,
 }
 
 impl Bytes {
     /// All bytes of `owner`, which lives as long as the last clone.
-    pub fn from_owner(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Bytes {
-        let range = 0..(*owner).as_ref().len();
+    pub fn from_owner(owner: Arc<dyn BytesOwner>) -> Bytes {
+        let range = 0..owner.bytes().len();
         Bytes { owner, range }
     }
 
@@ -32,7 +56,12 @@ impl Bytes {
     /// The bytes themselves.
     pub fn as_slice(&self) -> &[u8] {
         // An owner whose length shrinks is outside the contract; it gives an empty run, not a panic.
-        (*self.owner).as_ref().get(self.range.clone()).unwrap_or(&[])
+        self.owner.bytes().get(self.range.clone()).unwrap_or(&[])
+    }
+
+    /// Says that these bytes will not be read soon, see [`BytesOwner::release`].
+    pub fn release(&self) {
+        self.owner.release(self.range.clone());
     }
 
     /// Number of bytes.
@@ -122,8 +151,3 @@ impl std::ops::DerefMut for AlignedF32 {
     }
 }
 
-impl AsRef<[u8]> for AlignedF32 {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self[..])
-    }
-}

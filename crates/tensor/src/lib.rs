@@ -25,7 +25,7 @@ mod simd;
 mod tensor;
 mod weight;
 
-pub use bytes::{AlignedF32, Bytes};
+pub use bytes::{AlignedF32, Bytes, BytesOwner};
 pub use dtype::{Affine, Block, DType, Group};
 pub use error::Error;
 pub use packed::{IQ4_TABLE, Packed, PackedFormat, RowCodes, ScaleKind, ZeroKind};

@@ -4,7 +4,7 @@ use memmap2::{Advice, MmapMut};
 use std::sync::Arc;
 
 use crate::simd::dot::LANES;
-use crate::{Block, Bytes, Cpu, DType, Error, Group, Result};
+use crate::{Block, Bytes, BytesOwner, Cpu, DType, Error, Group, Result};
 
 /// Steps of `k` whose codes lie together.
 pub(crate) const UNIT: usize = 32;
@@ -377,8 +377,8 @@ impl Memory {
     }
 }
 
-impl AsRef<[u8]> for Memory {
-    fn as_ref(&self) -> &[u8] {
+impl BytesOwner for Memory {
+    fn bytes(&self) -> &[u8] {
         &self.0
     }
 }
@@ -417,12 +417,18 @@ fn read_code(unit: &[u8], bits: u8, step: usize, lane: usize) -> u8 {
 
 /// Adds the codes of one row to a unit whose bytes were zero.
 fn write_unit(unit: &mut [u8], bits: u8, codes: &[u8], lane: usize) {
+    let mut all = [0u8; UNIT];
+    all[..codes.len()].copy_from_slice(codes);
     let (mut low, mut at) = (0, 0);
     for &plane in planes(bits) {
-        let mask = ((1u32 << plane) - 1) as u8;
-        for (step, &code) in codes.iter().enumerate() {
-            let (byte, shift) = place(plane, step, lane);
-            unit[at + byte] |= ((code >> low) & mask) << shift;
+        // Four codes at a time: they lie side by side in the unit, and no shift moves a bit to a neighbour.
+        let mask = ((1u32 << plane) - 1) * 0x0101_0101;
+        for (quarter, four) in all.as_chunks::<4>().0.iter().enumerate() {
+            let (byte, shift) = place(plane, 4 * quarter, lane);
+            let to = &mut unit[at + byte..at + byte + 4];
+            let before = u32::from_le_bytes([to[0], to[1], to[2], to[3]]);
+            let bits = ((u32::from_le_bytes(*four) >> low) & mask) << shift;
+            to.copy_from_slice(&(before | bits).to_le_bytes());
         }
         low += plane;
         at += 64 * plane as usize;
