@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pocketglm_tensor::ops::{linear_scratch_bytes, packed_scratch_bytes};
 use pocketglm_tensor::{
-    AlignedF32, Cpu, DType, Packed, PackedFormat, RowCodes, ScaleKind, Tensor, Weight, WeightSource,
+    AlignedF32, Bytes, Cpu, DType, Packed, PackedFormat, RowCodes, ScaleKind, Tensor, Weight, WeightSource,
 };
 
 use crate::backend::{Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState};
@@ -216,6 +216,9 @@ fn read_by_row(graph: &Graph) -> Vec<bool> {
     by_row
 }
 
+/// Bytes of a stored matrix that may stay in memory while it is packed.
+const RELEASE: usize = 8 << 20;
+
 /// A quantised matrix in the kernels' layout: as the source has it, or packed now.
 fn pack(cpu: &Cpu, weights: &dyn WeightSource, name: &str, shape: &[usize]) -> Result<Packed> {
     if let Some(packed) = weights.packed(name)? {
@@ -228,7 +231,14 @@ fn pack(cpu: &Cpu, weights: &dyn WeightSource, name: &str, shape: &[usize]) -> R
     let row_bytes = dtype.row_bytes(k).ok_or_else(wrong)?;
     let bytes = tensor.bytes();
     let failed = Mutex::new(None);
+    let stored_bytes = tensor.shared_bytes();
+    let step = (RELEASE / row_bytes.max(1)).max(1);
     let take_apart = |row: usize, codes: &mut RowCodes| {
+        if row >= 2 * step && row.is_multiple_of(step) {
+            // Rows are packed about in order. A row that is still needed is read again.
+            let done = stored_bytes.slice((row - 2 * step) * row_bytes..(row - step) * row_bytes);
+            done.iter().for_each(Bytes::release);
+        }
         let stored = bytes.get(row * row_bytes..(row + 1) * row_bytes).unwrap_or(&[]);
         pocketglm_quant::take_apart(dtype, stored, k, codes).map_err(|source| {
             let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
