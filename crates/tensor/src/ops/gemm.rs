@@ -13,9 +13,9 @@ use crate::{Cpu, Result};
 const MAX_CHUNK: usize = 128;
 /// Fewest, for products too narrow to give every thread wider ones.
 const MIN_CHUNK: usize = 64;
-/// Steps of `k` between two uses of the same sums: a panel (256 x 32 floats) stays in the first-level cache while the
+/// Steps of `k` between two uses of the same sums: a panel (128 x 64 floats) stays in the first-level cache while the
 /// rows stream past it; a packed chunk, the rows and the sums of a block stay in the second.
-const KC: usize = 256;
+const KC: usize = 128;
 /// Floats of packed `x`: beyond it, rows are worked on in several blocks.
 const PACKED_FLOATS: usize = 2 << 20;
 /// Most rows of one block.

@@ -19,7 +19,7 @@ use crate::{Cpu, Isa, Result, Weight};
 pub(super) const FEW_CHUNK: usize = 32;
 /// Columns of one task of a matrix product, at most and at least.
 const MAX_CHUNK: usize = 128;
-const MIN_CHUNK: usize = 32;
+const MIN_CHUNK: usize = 64;
 /// Steps of `k` whose codes are widened at a time.
 const KC: usize = 512;
 /// Bytes of quantised `x` that rows are worked on in blocks of: they stay in the second-level cache.
@@ -519,7 +519,12 @@ struct Tiles<'a> {
     from: Widened,
     c: *mut f32,
     c_stride: usize,
+    /// Memory for [`TILE_FLOATS`].
+    f: *mut f32,
 }
+
+/// Floats of the largest tile.
+const TILE_FLOATS: usize = 6 * 4 * LANES;
 
 impl DotKernel for Tiles<'_> {
     #[inline(always)]
@@ -539,10 +544,11 @@ impl Tiles<'_> {
                     (1, 1) => self.tile::<D, 1, 1, MINIMA>(d, first),
                     (2, 1) => self.tile::<D, 2, 1, MINIMA>(d, first),
                     (4, 1) => self.tile::<D, 4, 1, MINIMA>(d, first),
-                    (1, 2) => self.tile::<D, 1, 2, MINIMA>(d, first),
-                    (2, 2) => self.tile::<D, 2, 2, MINIMA>(d, first),
-                    (4, 2) => self.tile::<D, 4, 2, MINIMA>(d, first),
-                    (6, 2) => self.tile::<D, 6, 2, MINIMA>(d, first),
+                    (1, 4) => self.tile::<D, 1, 4, MINIMA>(d, first),
+                    (2, 4) => self.tile::<D, 2, 4, MINIMA>(d, first),
+                    (3, 4) => self.tile::<D, 3, 4, MINIMA>(d, first),
+                    (4, 4) => self.tile::<D, 4, 4, MINIMA>(d, first),
+                    (6, 4) => self.tile::<D, 6, 4, MINIMA>(d, first),
                     _ => {}
                 }
             }
@@ -555,6 +561,8 @@ impl Tiles<'_> {
     unsafe fn tile<D: Dots, const R: usize, const NP: usize, const MINIMA: bool>(&self, d: D, first: usize) {
         let X { shape, k, blocks, groups, .. } = *self.x;
         let zero = d.splat_f(0.0);
+        // Sums of a block wait in registers where those of a small tile leave some.
+        let small = R <= 3 || NP == 1;
         // SAFETY: the caller's promise.
         unsafe {
             let mut x = self.x.codes.at(first * k / 4 + self.first_k / 4 * R).cast::<i32>().cast_const();
@@ -593,35 +601,120 @@ impl Tiles<'_> {
                             x = x.add(R);
                         }
                     }
-                    for j in 0..NP {
-                        let scale = d.load_f(scales.add(LANES * j));
-                        for i in 0..R {
-                            f[i][j] = d.fma(d.to_f(acc[i][j]), scale, f[i][j]);
-                        }
-                    }
-                    if MINIMA {
+                    if small {
                         for j in 0..NP {
-                            let minimum = d.load_f(minima.add(LANES * j));
+                            let scale = d.load_f(scales.add(LANES * j));
                             for i in 0..R {
-                                f[i][j] = d.fma(minimum, d.splat_f(*sums.add(i)), f[i][j]);
+                                f[i][j] = d.fma(d.to_f(acc[i][j]), scale, f[i][j]);
+                                if MINIMA {
+                                    let minimum = d.load_f(minima.add(LANES * j));
+                                    f[i][j] = d.fma(minimum, d.splat_f(*sums.add(i)), f[i][j]);
+                                }
                             }
                         }
-                        minima = minima.add(LANES * NP);
+                        scales = scales.add(LANES * NP);
+                        minima = minima.add(if MINIMA { LANES * NP } else { 0 });
+                        sums = sums.add(R);
+                        in_block += group;
+                        continue;
+                    }
+                    let (begins, ends) = (in_block == 0, in_block + group == block);
+                    let fold = Fold { scales, minima, sums, f: self.f, c, c_stride: self.c_stride };
+                    match (begins, ends, self.first_k + done == 0) {
+                        (true, true, true) => {
+                            fold.run::<D, R, NP, MINIMA, true, true, true>(d, acc, block_scales)
+                        }
+                        (true, true, false) => {
+                            fold.run::<D, R, NP, MINIMA, true, true, false>(d, acc, block_scales)
+                        }
+                        (true, false, _) => {
+                            fold.run::<D, R, NP, MINIMA, true, false, false>(d, acc, block_scales)
+                        }
+                        (false, false, _) => {
+                            fold.run::<D, R, NP, MINIMA, false, false, false>(d, acc, block_scales)
+                        }
+                        (false, true, true) => {
+                            fold.run::<D, R, NP, MINIMA, false, true, true>(d, acc, block_scales)
+                        }
+                        (false, true, false) => {
+                            fold.run::<D, R, NP, MINIMA, false, true, false>(d, acc, block_scales)
+                        }
                     }
                     scales = scales.add(LANES * NP);
+                    minima = minima.add(if MINIMA { LANES * NP } else { 0 });
                     sums = sums.add(R);
                     in_block += group;
                 }
-                for i in 0..R {
-                    let by = d.splat_f(*block_scales.add(i));
-                    for j in 0..NP {
-                        let at = c.add(i * self.c_stride + LANES * j);
-                        let before = if self.first_k + done == 0 { zero } else { d.load_f(at) };
-                        d.store_f(at, d.fma(f[i][j], by, before));
+                if small {
+                    for i in 0..R {
+                        let by = d.splat_f(*block_scales.add(i));
+                        for j in 0..NP {
+                            let at = c.add(i * self.c_stride + LANES * j);
+                            let before = if self.first_k + done == 0 { zero } else { d.load_f(at) };
+                            d.store_f(at, d.fma(f[i][j], by, before));
+                        }
                     }
                 }
                 block_scales = block_scales.add(R);
                 done += block;
+            }
+        }
+    }
+}
+
+/// What becomes of the integer sums of a group. The sums of a block wait in memory, so that those of a tile have all
+/// registers.
+#[derive(Clone, Copy)]
+struct Fold {
+    scales: *const f32,
+    minima: *const f32,
+    sums: *const f32,
+    f: *mut f32,
+    c: *mut f32,
+    c_stride: usize,
+}
+
+impl Fold {
+    /// `BEGINS`, `ENDS`: the group is the first, the last of its block. `FIRST`: nothing is in `c` yet.
+    ///
+    /// # Safety
+    /// Operands of a tile of `R` rows and `NP` panels.
+    #[inline(always)]
+    unsafe fn run<
+        D: Dots,
+        const R: usize,
+        const NP: usize,
+        const MINIMA: bool,
+        const BEGINS: bool,
+        const ENDS: bool,
+        const FIRST: bool,
+    >(
+        self,
+        d: D,
+        acc: [[D::I; NP]; R],
+        block_scales: *const f32,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for j in 0..NP {
+                let scale = d.load_f(self.scales.add(LANES * j));
+                for i in 0..R {
+                    let waiting = self.f.add((i * NP + j) * LANES);
+                    let sum = d.to_f(acc[i][j]);
+                    let mut sum =
+                        if BEGINS { d.mul(sum, scale) } else { d.fma(sum, scale, d.load_f(waiting)) };
+                    if MINIMA {
+                        let minimum = d.load_f(self.minima.add(LANES * j));
+                        sum = d.fma(minimum, d.splat_f(*self.sums.add(i)), sum);
+                    }
+                    if !ENDS {
+                        d.store_f(waiting, sum);
+                        continue;
+                    }
+                    let at = self.c.add(i * self.c_stride + LANES * j);
+                    let by = d.splat_f(*block_scales.add(i));
+                    d.store_f(at, if FIRST { d.mul(sum, by) } else { d.fma(sum, by, d.load_f(at)) });
+                }
             }
         }
     }
@@ -689,7 +782,7 @@ fn scratch_of(cpu: &Cpu, shape: Shape, m: usize, k: usize, chunk: usize) -> [usi
     }
     let (_, panels) = dot::tile_shape(cpu.isa());
     let panels = chunk.div_ceil(LANES).next_multiple_of(panels) + 1;
-    let task = Widened::floats(shape.group, panels) + rows * chunk;
+    let task = Widened::floats(shape.group, panels) + TILE_FLOATS + rows * chunk;
     [x, cpu.threads() * task.next_multiple_of(16)]
 }
 
@@ -717,7 +810,11 @@ pub(super) fn linear(
     let tasks = SharedMut::new(&mut tasks[..task_floats]);
     let columns = rows.columns();
     let chunks = columns.div_ceil(rows.chunk);
-    let (tile_rows, _) = dot::tile_shape(isa);
+    let (mut tile_rows, panels) = dot::tile_shape(isa);
+    if shape.group <= 32 && panels > 1 {
+        // Sums of groups that end often are better kept in registers, at the price of smaller tiles.
+        tile_rows /= 2;
+    }
     for first in (0..m).step_by(block) {
         let count = block.min(m - first);
         let cut = Cut::new(count, tile_rows);
@@ -781,6 +878,8 @@ fn gemm(
     let set_floats = Widened::floats(group, panels);
     let single = Widened::new(memory.wrapping_add(places / panels * set_floats), group, 1);
     let sums_at = Widened::floats(group, places + 1);
+    let f = memory.wrapping_add(sums_at);
+    let sums_at = sums_at + TILE_FLOATS;
     let c = memory.wrapping_add(sums_at);
     let sources: [Source<'_>; MAX_CHUNK / LANES] = std::array::from_fn(|i| {
         if i * LANES < chunk { rows.source(column + i * LANES) } else { Source::Nothing }
@@ -816,7 +915,7 @@ fn gemm(
                 }
             }
             let c = c.wrapping_add(set * panels * LANES);
-            dot::run(isa, Tiles { x, cut, first_k, steps, from: to, c, c_stride: chunk });
+            dot::run(isa, Tiles { x, cut, first_k, steps, from: to, c, c_stride: chunk, f });
         }
     }
     debug_assert!(sums_at + cut.rows * chunk <= floats, "the sums lie in the task's memory");

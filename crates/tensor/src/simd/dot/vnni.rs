@@ -35,7 +35,7 @@ impl Dots for Vnni {
     type F = __m512;
     type Q = __m512i;
     const ROWS: usize = 6;
-    const PANELS: usize = 2;
+    const PANELS: usize = 4;
     const BIAS8: i32 = 0;
 
     #[inline(always)]
