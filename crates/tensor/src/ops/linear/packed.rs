@@ -16,7 +16,7 @@ use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::{Cpu, Isa, Result, Weight};
 
 /// Columns of one task where one row of `x` is multiplied.
-pub(super) const FEW_CHUNK: usize = 32;
+pub(super) const FEW_CHUNK: usize = 64;
 /// Columns of one task of a matrix product, at most and at least.
 const MAX_CHUNK: usize = 128;
 const MIN_CHUNK: usize = 64;
@@ -28,7 +28,7 @@ const X_BYTES: usize = 1 << 20;
 const MIN_ROWS: usize = 192;
 const MAX_ROWS: usize = 512;
 /// Bytes between what is read and what is asked for.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 2048;
 
 /// What the quantisation of `x` and the kernels depend on; parts that differ in it are multiplied one after the other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -301,101 +301,105 @@ macro_rules! for_bits {
     };
 }
 
-/// One row of `x` times panels: `sums[16 i ..]` for the panels from `first`.
+/// Panels that one row of `x` is multiplied with side by side: a single stream does not keep the memory busy.
+const STREAMS: usize = 4;
+
+/// One row of `x` times [`STREAMS`] panels of one layout: `sums[16 i ..]`.
 struct Gemv<'a> {
-    packed: &'a Packed,
-    first: usize,
+    layout: &'a Layout,
+    panels: [*const u8; STREAMS],
     x: &'a X,
-    sums: &'a mut [f32],
+    sums: &'a mut [f32; STREAMS * LANES],
 }
 
 impl DotKernel for Gemv<'_> {
     #[inline(always)]
     fn run<D: Dots>(self, d: D) {
-        for_bits!(self.packed.layout.format.bits, self.of(d))
+        for_bits!(self.layout.format.bits, self.of(d))
     }
 }
 
 impl Gemv<'_> {
     #[inline(always)]
     fn of<D: Dots, const BITS: usize>(self, d: D) {
-        for (i, sums) in self.sums.chunks_exact_mut(LANES).enumerate() {
-            // SAFETY: the caller counted the panels; a whole panel is there.
-            unsafe {
-                let p = self.packed.panel(self.first + i);
-                // Only formats of these widths have groups of half a unit.
-                let total = if matches!(BITS, 2 | 3 | 6) && self.x.shape.group == 16 {
-                    panel::<D, BITS, true>(d, &self.packed.layout, self.x, p)
-                } else {
-                    panel::<D, BITS, false>(d, &self.packed.layout, self.x, p)
-                };
-                d.store_f(sums.as_mut_ptr(), total);
+        // SAFETY: whoever made this found the panels; they are whole.
+        unsafe {
+            // Only formats of these widths have groups of half a unit.
+            if matches!(BITS, 2 | 3 | 6) && self.x.shape.group == 16 {
+                panels::<D, BITS, true>(d, self.layout, self.x, self.panels, self.sums);
+            } else {
+                panels::<D, BITS, false>(d, self.layout, self.x, self.panels, self.sums);
             }
         }
     }
 }
 
-/// One panel times the one row of `x`.
+/// Panels times the one row of `x`.
 ///
 /// # Safety
-/// A panel of the layout at `p`; `x` holds one row of as many steps.
+/// Panels of the layout at `p`; `x` holds one row of as many steps.
 #[inline(always)]
-unsafe fn panel<D: Dots, const BITS: usize, const HALVES: bool>(
+unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool>(
     d: D,
     l: &Layout,
     x: &X,
-    mut p: *const u8,
-) -> D::F {
+    mut p: [*const u8; STREAMS],
+    out: &mut [f32; STREAMS * LANES],
+) {
     let zero = d.splat_f(0.0);
-    let (mut total, mut sum, mut acc) = (zero, zero, d.splat_i(0));
+    let (mut total, mut sum, mut acc) = ([zero; STREAMS], [zero; STREAMS], [d.splat_i(0); STREAMS]);
     let units = x.k / UNIT;
     let Shape { group, block, .. } = x.shape;
+    let fixed = x.shape.zero.is_some();
     let mut u = 0;
     // SAFETY: spans, units and groups as the layout counts them; `x` has as many.
     unsafe {
-        let start = |g: usize| match x.shape.zero {
-            Some(_) => d.splat_i(x.sums.at(g).cast::<i32>().read()),
-            None => d.splat_i(0),
-        };
         while u < units {
-            let header = Header::new(d, l, p);
-            let mut codes = p.add(l.header);
             for within in 0..(l.span / UNIT).min(units - u) {
-                for line in (0..64 * BITS).step_by(64) {
-                    d.prefetch(codes.wrapping_add(AHEAD + line));
-                }
-                let q = unit::<D, BITS>(d, codes, l.format.table);
-                codes = codes.add(64 * BITS);
                 let steps = x.codes.at(u * (UNIT / 4)).cast::<i32>().cast_const();
                 let last = u + 1 == units;
-                for half in 0..if HALVES { 2 } else { 1 } {
-                    let at = u * UNIT + half * 16;
-                    let g = if HALVES { 2 * u + half } else { at / group };
-                    if HALVES || at == g * group {
-                        acc = start(g);
+                let block_ends = (u + 1) * UNIT == (u * UNIT / block + 1) * block || last;
+                for i in 0..STREAMS {
+                    let codes = p[i].add(l.header + within * 64 * BITS);
+                    for line in (0..64 * BITS).step_by(64) {
+                        d.prefetch(codes.wrapping_add(AHEAD + line));
                     }
-                    for s in half * 4..if HALVES { half * 4 + 4 } else { 8 } {
-                        acc = d.dot(acc, q[s], steps.add(s));
-                    }
-                    if HALVES || at + UNIT == (g + 1) * group || last {
-                        let stored = if HALVES { 2 * within + half } else { within * UNIT / l.group };
-                        let scale = header.scale(stored);
-                        sum = d.fma(d.to_f(acc), scale, sum);
-                        if x.shape.zero.is_none() {
-                            sum = d.fma(header.minimum(stored, scale), d.splat_f(*x.sums.at(g)), sum);
+                    let header = Header::new(d, l, p[i]);
+                    let q = unit::<D, BITS>(d, codes, l.format.table);
+                    for half in 0..if HALVES { 2 } else { 1 } {
+                        let at = u * UNIT + half * 16;
+                        let g = if HALVES { 2 * u + half } else { at / group };
+                        if HALVES || at == g * group {
+                            acc[i] = d.splat_i(if fixed { x.sums.at(g).cast::<i32>().read() } else { 0 });
+                        }
+                        for s in half * 4..if HALVES { half * 4 + 4 } else { 8 } {
+                            acc[i] = d.dot(acc[i], q[s], steps.add(s));
+                        }
+                        if HALVES || at + UNIT == (g + 1) * group || last {
+                            let stored = if HALVES { 2 * within + half } else { within * UNIT / l.group };
+                            let scale = header.scale(stored);
+                            sum[i] = d.fma(d.to_f(acc[i]), scale, sum[i]);
+                            if !fixed {
+                                sum[i] =
+                                    d.fma(header.minimum(stored, scale), d.splat_f(*x.sums.at(g)), sum[i]);
+                            }
                         }
                     }
-                }
-                if ((u + 1) * UNIT).is_multiple_of(block) || last {
-                    total = d.fma(sum, d.splat_f(*x.scales.at(u * UNIT / block)), total);
-                    sum = zero;
+                    if block_ends {
+                        total[i] = d.fma(sum[i], d.splat_f(*x.scales.at(u * UNIT / block)), total[i]);
+                        sum[i] = zero;
+                    }
                 }
                 u += 1;
             }
-            p = p.add(l.span_bytes);
+            for i in 0..STREAMS {
+                p[i] = p[i].add(l.span_bytes);
+            }
+        }
+        for i in 0..STREAMS {
+            d.store_f(out.as_mut_ptr().add(i * LANES), total[i]);
         }
     }
-    total
 }
 
 /// Memory of one task of a matrix product, for tiles of `panels` panels: codes `[step / 4][panel][64]`, scales and
@@ -840,23 +844,50 @@ pub(super) fn linear(
 fn gemv(isa: Isa, x: &X, column: usize, store: &Store<'_>) {
     let rows = store.rows;
     let chunk = rows.chunk;
-    let mut sums = [0f32; MAX_CHUNK];
-    for at in (0..chunk).step_by(LANES) {
-        let sums = &mut sums[at..at + LANES];
-        match rows.source(column + at) {
-            Source::Nothing => {}
-            Source::Panel(packed, first) => dot::run(isa, Gemv { packed, first, x, sums }),
-            Source::Mixed(lanes) => {
-                for (lane, sum) in sums.iter_mut().enumerate() {
-                    let Some((packed, row)) = lanes[lane] else { continue };
-                    let mut panel = [0f32; LANES];
-                    dot::run(isa, Gemv { packed, first: row / LANES, x, sums: &mut panel });
-                    *sum = panel[row % LANES];
+    let mut sums = [0f32; FEW_CHUNK];
+    for first in (0..chunk).step_by(STREAMS * LANES) {
+        let sources: [Source<'_>; STREAMS] = std::array::from_fn(|i| match first + i * LANES {
+            at if at < chunk => rows.source(column + at),
+            _ => Source::Nothing,
+        });
+        let mut out = [0f32; STREAMS * LANES];
+        // Panels of one layout go side by side; where there are fewer than streams, some go twice.
+        let panels =
+            sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
+        if let Some((packed, panel)) = panels.clone().next()
+            && panels.clone().all(|(p, _)| p.layout == packed.layout)
+        {
+            let panels = std::array::from_fn(|i| match sources[i] {
+                Source::Panel(packed, panel) => packed.panel(panel),
+                _ => packed.panel(panel),
+            });
+            dot::run(isa, Gemv { layout: &packed.layout, panels, x, sums: &mut out });
+        } else {
+            for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
+                if let Source::Panel(packed, panel) = *source {
+                    out.copy_from_slice(&alone(isa, x, packed, panel));
                 }
             }
         }
+        for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
+            let Source::Mixed(lanes) = source else { continue };
+            for (out, lane) in out.iter_mut().zip(lanes) {
+                let Some((packed, row)) = *lane else { continue };
+                *out = alone(isa, x, packed, row / LANES)[row % LANES];
+            }
+        }
+        let count = out.len().min(chunk - first);
+        sums[first..first + count].copy_from_slice(&out[..count]);
     }
     isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums[..chunk], chunk });
+}
+
+/// The sums of one panel.
+fn alone(isa: Isa, x: &X, packed: &Packed, panel: usize) -> [f32; LANES] {
+    let mut out = [0f32; STREAMS * LANES];
+    let panels = [packed.panel(panel); STREAMS];
+    dot::run(isa, Gemv { layout: &packed.layout, panels, x, sums: &mut out });
+    std::array::from_fn(|i| out[i])
 }
 
 /// One chunk of columns of a matrix product, in memory of its own.

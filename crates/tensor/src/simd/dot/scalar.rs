@@ -4,6 +4,7 @@ use half::f16;
 
 use super::{Dots, LANES};
 
+/// Most operations are calls: inlined into every kernel they would be most of the crate's code.
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
 
@@ -26,7 +27,7 @@ impl Dots for Scalar {
     fn splat_i(self, x: i32) -> Self::I {
         [x; LANES]
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn dot(self, mut acc: Self::I, w: Self::Q, x: *const i32) -> Self::I {
         // SAFETY: the caller's promise.
         let x = unsafe { x.read_unaligned() }.to_le_bytes();
@@ -37,7 +38,7 @@ impl Dots for Scalar {
         }
         acc
     }
-    #[inline(always)]
+    #[inline(never)]
     fn to_f(self, a: Self::I) -> Self::F {
         a.map(|v| v as f32)
     }
@@ -51,15 +52,15 @@ impl Dots for Scalar {
         // SAFETY: the caller's promise.
         unsafe { p.cast::<[u8; 64]>().write(q) }
     }
-    #[inline(always)]
+    #[inline(never)]
     fn shr(self, q: Self::Q, n: u32, mask: u8) -> Self::Q {
         q.map(|v| (v >> n) & mask)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn shl(self, q: Self::Q, n: u32, mask: u8) -> Self::Q {
         q.map(|v| (v << n) & mask)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn or(self, a: Self::Q, b: Self::Q) -> Self::Q {
         std::array::from_fn(|i| a[i] | b[i])
     }
@@ -67,7 +68,7 @@ impl Dots for Scalar {
     fn bias8(self, q: Self::Q) -> Self::Q {
         q
     }
-    #[inline(always)]
+    #[inline(never)]
     fn table(self, q: Self::Q, table: &[u8; 16]) -> Self::Q {
         q.map(|v| table[usize::from(v & 15)])
     }
@@ -75,11 +76,11 @@ impl Dots for Scalar {
     fn splat_f(self, x: f32) -> Self::F {
         [x; LANES]
     }
-    #[inline(always)]
+    #[inline(never)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         Scalar::lanes(|i| a[i].mul_add(b[i], c[i]))
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mul(self, a: Self::F, b: Self::F) -> Self::F {
         Scalar::lanes(|i| a[i] * b[i])
     }
@@ -93,13 +94,13 @@ impl Dots for Scalar {
         // SAFETY: the caller's promise.
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(v) }
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_f16(self, p: *const u8) -> Self::F {
         // SAFETY: the caller's promise.
         let bits = unsafe { p.cast::<[[u8; 2]; LANES]>().read() };
         bits.map(|b| f16::from_le_bytes(b).to_f32_const())
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_bf16(self, p: *const u8) -> Self::F {
         // SAFETY: the caller's promise.
         let bits = unsafe { p.cast::<[[u8; 2]; LANES]>().read() };
