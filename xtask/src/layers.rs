@@ -51,7 +51,7 @@ pub const LAYERS: &[Layer] = &[
     },
     Layer {
         folder: "crates/checkpoint",
-        uses: Uses::Only(&["tensor"]),
+        uses: Uses::Only(&["tensor", "quant"]),
         holds: "safetensors, GGUF and `.pglm` files and checkpoint folders behind `WeightSource`",
         absence: "models, graphs",
     },

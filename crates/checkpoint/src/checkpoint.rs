@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use pocketglm_tensor::{Bytes, Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{Bytes, Packed, Tensor, TensorInfo, WeightSource};
 use serde_json::Value;
 
 use crate::error::{io_error, shown};
@@ -341,6 +341,13 @@ impl WeightSource for Checkpoint {
             Store::Shards { .. } => self.shard(name).and_then(|s| s.info(name)),
             Store::Gguf(gguf) => gguf.info(name),
             Store::Pglm(pglm) => pglm.info(name),
+        }
+    }
+
+    fn packed(&self, name: &str) -> pocketglm_tensor::Result<Option<Packed>> {
+        match &self.store {
+            Store::Pglm(pglm) => pglm.packed(name),
+            Store::Shards { .. } | Store::Gguf(_) => Ok(None),
         }
     }
 

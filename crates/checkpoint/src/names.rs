@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use pocketglm_tensor::{Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{Packed, Tensor, TensorInfo, WeightSource};
 
 use crate::error::shown;
 use crate::{Error, Result};
@@ -123,6 +123,13 @@ impl<W: WeightSource> WeightSource for Renamed<W> {
     fn info(&self, name: &str) -> Option<TensorInfo> {
         let stored = self.stored_name(name)?;
         self.source.info(&stored).map(|info| TensorInfo { name: name.to_owned(), ..info })
+    }
+
+    fn packed(&self, name: &str) -> pocketglm_tensor::Result<Option<Packed>> {
+        match self.stored_name(name) {
+            Some(stored) => self.source.packed(&stored),
+            None => Ok(None),
+        }
     }
 
     fn tensor(&self, name: &str) -> pocketglm_tensor::Result<Tensor> {

@@ -6,7 +6,9 @@
 //!
 //! * `pglm.version`: `1`;
 //! * `pglm.tensors`: a JSON object of every tensor but the fillers: its format's name (`dtype`), its shape, the order
-//!   of its bytes (`layout`, so far `rows`: row after row as [`DType`] describes), and the SHA-256 of its bytes;
+//!   of its bytes (`layout`), and the SHA-256 of its bytes. The layout is `rows`, row after row as [`DType`] describes,
+//!   or `panels-16`, as the kernels read it ([`Packed`]): then loading is a map. Matrices are written in panels, but
+//!   not the embedding table, of which rows are read;
 //! * `pglm.policy`, `pglm.calibration`: how the model was quantised, where that is known;
 //! * `pglm.header`: the SHA-256 of the header with these 64 digits as zeros.
 
@@ -14,7 +16,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use pocketglm_tensor::{Bytes, DType, Tensor, TensorInfo, WeightSource};
+use pocketglm_quant::{put_together, take_apart};
+use pocketglm_tensor::{Bytes, Cpu, DType, Packed, PackedFormat, RowCodes, Tensor, TensorInfo, WeightSource};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -38,8 +41,14 @@ const FILE_SCOPE: &str = "file:";
 const PAD_SCOPE: &str = "pad:";
 /// What the place of every tensor is a multiple of: a cache line, and the widest vector.
 const ALIGNMENT: u64 = 64;
-/// The only order of bytes so far.
+/// Row after row.
 const ROWS: &str = "rows";
+/// Panels of sixteen rows, see [`Packed`].
+const PANELS: &str = "panels-16";
+/// Rows of a panel.
+const PANEL_ROWS: usize = 16;
+/// The end of the names of tables of which rows are read.
+const TABLES: &str = "embed_tokens.weight";
 /// A hash that is not known yet; its length is that of every hash.
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// Bytes that are hashed between two calls of a progress function.
@@ -66,11 +75,22 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 /// The stored type and shape of a tensor.
-fn stored(dtype: DType, shape: &[usize]) -> Option<(DType, Vec<usize>)> {
+fn stored(dtype: DType, shape: &[usize], layout: &str) -> Option<(DType, Vec<usize>)> {
+    if layout == PANELS {
+        let (format, &[rows, k]) = (PackedFormat::of(dtype)?, shape) else { return None };
+        dtype.row_bytes(k)?;
+        return Some((DType::U8, vec![Packed::bytes_for(format, rows, k).ok()?]));
+    }
     match dtype.is_quantised() {
         true => Some((DType::U8, vec![dtype.bytes(shape)?])),
         false => Some((dtype, shape.to_vec())),
     }
+}
+
+/// The order in which the bytes of a tensor are written.
+fn layout_of(name: &str, dtype: DType, shape: &[usize]) -> &'static str {
+    let matrix = shape.len() == 2 && PackedFormat::of(dtype).is_some() && !shape.contains(&0);
+    if matrix && !name.ends_with(TABLES) { PANELS } else { ROWS }
 }
 
 /// An opened `.pglm` file. Its tensors share the file's bytes.
@@ -178,11 +198,40 @@ impl PglmFile {
         let Some((dtype, row)) = row else {
             return Err(Error::NoTensor { tensor: shown(name), place: self.path().to_owned() });
         };
+        let mut bytes = self.file.get(name)?.shared_bytes();
+        if let Some(packed) = self.get_packed(name)? {
+            bytes = self.unpacked(name, *dtype, &packed)?;
+        }
+        Tensor::new(*dtype, &row.shape, bytes).map_err(|e| self.wrong(name, e.to_string()))
+    }
+
+    fn wrong(&self, name: &str, what: String) -> Error {
+        Error::Pglm { path: self.path().to_owned(), what: format!("tensor `{}`: {what}", shown(name)) }
+    }
+
+    /// The rows that panels were packed from.
+    fn unpacked(&self, name: &str, dtype: DType, packed: &Packed) -> Result<Bytes> {
+        let mut bytes = Vec::new();
+        let mut codes = RowCodes::default();
+        for row in 0..packed.rows() {
+            packed.row_codes(row, &mut codes).ok_or_else(|| self.wrong(name, format!("no row {row}")))?;
+            put_together(dtype, &codes, &mut bytes)
+                .map_err(|e| self.wrong(name, format!("row {row}: {e}")))?;
+        }
+        Ok(bytes.into())
+    }
+
+    /// The matrix in the kernels' layout, sharing the file's bytes; `None` where it is stored in rows.
+    ///
+    /// # Errors
+    /// As for [`PglmFile::get`].
+    pub fn get_packed(&self, name: &str) -> Result<Option<Packed>> {
+        let Some((dtype, row)) = self.rows.get(name).filter(|(_, row)| row.layout == PANELS) else {
+            return Ok(None);
+        };
+        let (Some(format), &[rows, k]) = (PackedFormat::of(*dtype), &row.shape[..]) else { return Ok(None) };
         let bytes = self.file.get(name)?.shared_bytes();
-        Tensor::new(*dtype, &row.shape, bytes).map_err(|e| Error::Pglm {
-            path: self.path().to_owned(),
-            what: format!("tensor `{}`: {e}", shown(name)),
-        })
+        Packed::from_bytes(format, rows, k, bytes).map(Some).map_err(|e| self.wrong(name, e.to_string()))
     }
 
     /// Reads every tensor and looks for NaN and infinity, in quantised tensors among the scales.
@@ -278,14 +327,14 @@ fn check_row(file: &SafetensorsFile, name: &str, row: &Row) -> Result<DType, Str
     let Some(info) = file.info(name) else { return Err("the file has no such tensor".into()) };
     let dtype =
         DType::from_name(&row.dtype).ok_or_else(|| format!("unknown format `{}`", shown(&row.dtype)))?;
-    if row.layout != ROWS {
-        return Err(format!("unknown layout `{}`, expected {ROWS}", shown(&row.layout)));
+    if row.layout != ROWS && row.layout != PANELS {
+        return Err(format!("unknown layout `{}`, expected {ROWS} or {PANELS}", shown(&row.layout)));
     }
     if row.shape.len() > MAX_RANK {
         return Err(format!("{} dimensions, expected at most {MAX_RANK}", row.shape.len()));
     }
     let elements = row.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-    let wanted = elements.and_then(|_| stored(dtype, &row.shape));
+    let wanted = elements.and_then(|_| stored(dtype, &row.shape, &row.layout));
     let Some((kind, shape)) = wanted else {
         return Err(format!("shape {:?} is none of the format {dtype}", row.shape));
     };
@@ -315,6 +364,10 @@ impl WeightSource for PglmFile {
 
     fn tensor(&self, name: &str) -> pocketglm_tensor::Result<Tensor> {
         self.get(name).map_err(|e| source_error(e, name, self.path()))
+    }
+
+    fn packed(&self, name: &str) -> pocketglm_tensor::Result<Option<Packed>> {
+        self.get_packed(name).map_err(|e| source_error(e, name, self.path()))
     }
 }
 
@@ -347,6 +400,8 @@ pub struct PglmWriter {
     header_length: u64,
     /// Where the next byte goes unless the file is moved.
     position: u64,
+    /// Packs panels; made when the first ones are.
+    cpu: Option<Cpu>,
 }
 
 /// Writes every tensor of `source` with these contents, whose own list of tensors is not used. `progress` hears of
@@ -390,6 +445,10 @@ struct Part {
     /// The hash so far; fillers have none.
     hash: Option<Sha256>,
     digest: String,
+    layout: &'static str,
+    /// Rows that were packed, and bytes of rows that wait for a panel to be full.
+    packed_rows: usize,
+    pending: Vec<u8>,
 }
 
 impl PglmWriter {
@@ -415,6 +474,7 @@ impl PglmWriter {
             metadata,
             header_length: 0,
             position: 0,
+            cpu: None,
         };
         let header = this.header(NO_HASH)?;
         if header.len() as u64 > MAX_HEADER_BYTES {
@@ -441,7 +501,47 @@ impl PglmWriter {
             let what = format!("tensor `{}` was not declared", shown(tensor));
             return Err(Error::Write { path: self.path.clone(), what });
         }
-        self.append(tensor, bytes)
+        match self.by_name.get(tensor).copied() {
+            Some(i) if self.parts.get(i).is_some_and(|p| p.layout == PANELS) => {
+                let panels = self.pack(i, bytes)?;
+                self.append(tensor, &panels)
+            }
+            _ => self.append(tensor, bytes),
+        }
+    }
+
+    /// Takes bytes of rows, and gives the panels that are full with them.
+    fn pack(&mut self, i: usize, bytes: &[u8]) -> Result<Vec<u8>> {
+        let wrong = |what| Error::Write { path: self.path.clone(), what };
+        if self.cpu.is_none() {
+            self.cpu = Some(Cpu::new(0).map_err(|e| wrong(e.to_string()))?);
+        }
+        let (Some(cpu), Some(part)) = (&self.cpu, self.parts.get_mut(i)) else { return Ok(Vec::new()) };
+        let name = shown(&part.name);
+        let wrong = |what: String| wrong(format!("tensor `{name}`: {what}"));
+        let (dtype, &[rows, k]) = (part.dtype, &part.shape[..]) else { return Ok(Vec::new()) };
+        let (Some(format), Some(row_bytes)) = (PackedFormat::of(dtype), dtype.row_bytes(k)) else {
+            return Err(wrong(format!("rows of {k} cannot be {dtype}")));
+        };
+        part.pending.extend_from_slice(bytes);
+        let (left, given) = (rows - part.packed_rows, part.pending.len() / row_bytes.max(1));
+        if given > left || given == left && part.pending.len() > left * row_bytes {
+            return Err(wrong(format!("it has {rows} rows of {row_bytes} bytes, more were given")));
+        }
+        let take = if given == left { given } else { given / PANEL_ROWS * PANEL_ROWS };
+        let size = Packed::bytes_for(format, take, k).map_err(|e| wrong(e.to_string()))?;
+        let mut panels = vec![0; size];
+        let row = |row: usize, codes: &mut RowCodes| {
+            let stored = part.pending.get(row * row_bytes..(row + 1) * row_bytes).unwrap_or_default();
+            take_apart(dtype, stored, k, codes).map_err(|e| {
+                let what = format!("row {}: {e}", part.packed_rows + row);
+                pocketglm_tensor::Error::Value { op: "pack", what }
+            })
+        };
+        Packed::pack_to(cpu, format, take, k, &row, &mut panels).map_err(|e| wrong(e.to_string()))?;
+        part.pending.drain(..take * row_bytes);
+        part.packed_rows += take;
+        Ok(panels)
     }
 
     /// Writes hashes into the header, syncs the file and gives it its final name.
@@ -529,7 +629,7 @@ impl PglmWriter {
             let row = Row {
                 dtype: part.dtype.name().to_owned(),
                 shape: part.shape.clone(),
-                layout: ROWS.to_owned(),
+                layout: part.layout.to_owned(),
                 sha256: part.digest.clone(),
             };
             table.insert(part.name.clone(), serde_json::to_value(row).map_err(wrong)?);
@@ -543,7 +643,8 @@ impl PglmWriter {
         let mut header = Map::new();
         header.insert(METADATA_KEY.into(), Value::Object(metadata));
         for part in &self.parts {
-            let (kind, shape) = stored(part.dtype, &part.shape).unwrap_or((DType::U8, Vec::new()));
+            let (kind, shape) =
+                stored(part.dtype, &part.shape, part.layout).unwrap_or((DType::U8, Vec::new()));
             let offsets = [part.begin, part.end];
             header.insert(
                 part.name.clone(),
@@ -595,7 +696,11 @@ fn plan(contents: &PglmContents<'_>) -> Result<(Vec<Part>, HashMap<String, usize
                 info.shape.len()
             ));
         }
-        let length = info.dtype.bytes(&info.shape).map(|n| n as u64);
+        let layout = layout_of(&info.name, info.dtype, &info.shape);
+        let length = match stored(info.dtype, &info.shape, layout) {
+            Some((kind, shape)) => kind.bytes(&shape).map(|n| n as u64),
+            None => None,
+        };
         // Halved, so that adding a header cannot overflow either.
         let end = length.and_then(|n| at.checked_add(n)).filter(|&end| end <= u64::MAX / 2);
         let Some(end) = end else {
@@ -616,12 +721,16 @@ fn plan(contents: &PglmContents<'_>) -> Result<(Vec<Part>, HashMap<String, usize
             written: 0,
             hash,
             digest: NO_HASH.to_owned(),
+            layout,
+            packed_rows: 0,
+            pending: Vec::new(),
         };
         parts.push(part(info.name, info.dtype, info.shape, at, end, Some(Sha256::new())));
         at = end.next_multiple_of(ALIGNMENT);
         if at > end {
             let shape = vec![(at - end) as usize];
-            parts.push(part(format!("{PAD_SCOPE}{pads}"), DType::U8, shape, end, at, None));
+            let filler = part(format!("{PAD_SCOPE}{pads}"), DType::U8, shape, end, at, None);
+            parts.push(Part { layout: ROWS, ..filler });
             pads += 1;
         }
     }

@@ -161,7 +161,7 @@ impl Layout {
 }
 
 /// One row of quantised values, taken apart. The vectors are reused from row to row.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RowCodes {
     /// One code for each value, in order.
     pub codes: Vec<u8>,
@@ -328,6 +328,49 @@ impl Packed {
                 }
             }
         }
+    }
+
+    /// Takes a row out again: what it was packed from. `None` where there is no such row.
+    pub fn row_codes(&self, row: usize, out: &mut RowCodes) -> Option<()> {
+        if row >= self.rows {
+            return None;
+        }
+        let l = &self.layout;
+        let lane = row % LANES;
+        for v in [&mut out.codes, &mut out.sub_scales, &mut out.sub_minima] {
+            v.clear();
+        }
+        out.scales.clear();
+        out.minima.clear();
+        let nested = l.format.scale == ScaleKind::Nested;
+        let panel = self.bytes().get(row / LANES * l.span_bytes * l.spans..)?;
+        for (s, span) in panel.chunks_exact(l.span_bytes).take(l.spans).enumerate() {
+            let values = l.span.min(self.k - s * l.span);
+            let groups = values.div_ceil(l.group);
+            let halves = if nested { 1 } else { groups };
+            let half = |at: usize| Some(u16::from_le_bytes([*span.get(at)?, *span.get(at + 1)?]));
+            for g in 0..halves {
+                out.scales.push(half(2 * (g * LANES + lane))?);
+                if l.format.zero == ZeroKind::Minima {
+                    out.minima.push(half(l.minima + 2 * (g * LANES + lane))?);
+                }
+            }
+            for g in 0..groups {
+                if nested {
+                    out.sub_scales.push(*span.get(l.sub_scales + g * LANES + lane)?);
+                }
+                if nested && l.format.zero == ZeroKind::Minima || l.format.zero == ZeroKind::Codes {
+                    out.sub_minima.push(*span.get(l.sub_minima + g * LANES + lane)?);
+                }
+            }
+            let units = span.get(l.header..)?.chunks_exact(l.format.code_bytes(1));
+            for (u, unit) in units.enumerate() {
+                for step in 0..UNIT.min(values.saturating_sub(u * UNIT)) {
+                    out.codes.push(read_code(unit, l.format.bits, step, lane));
+                }
+            }
+        }
+        Some(())
     }
 
     /// The code as a number, before scaling.

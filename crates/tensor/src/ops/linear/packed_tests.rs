@@ -122,6 +122,9 @@ fn packed_values_are_those_of_the_formula() {
             let mut all = vec![0.0; k];
             for i in 0..19 {
                 random_row(format, k, 5 + i as u64, &mut row);
+                let mut again = RowCodes::default();
+                matrix.row_codes(i, &mut again).unwrap();
+                assert_eq!(again, row, "{format:?} {i}");
                 matrix.row(i, &mut all);
                 for step in 0..k {
                     let wanted = value(format, &row, k, step);
