@@ -18,11 +18,15 @@ mod generation;
 #[cfg(test)]
 mod gguf;
 #[cfg(test)]
+mod kv;
+#[cfg(test)]
 mod memory;
 #[cfg(test)]
 mod parity;
 #[cfg(test)]
 mod pictures;
+#[cfg(test)]
+mod quantise;
 #[cfg(test)]
 mod support;
 #[cfg(test)]

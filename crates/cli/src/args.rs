@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use pocketglm::{ContentFormat, Engine, EngineOptions, Error, GenerateOptions, Model, ReadMode};
+use pocketglm::{ContentFormat, Engine, EngineOptions, Error, GenerateOptions, KvFormat, Model, ReadMode};
 
 use crate::failure::Failure;
 use crate::output::complain;
-use crate::progress::Bars;
+use crate::progress::{Bars, Work};
 
 /// Which checkpoint runs, and how.
 #[derive(Args, Clone, Debug)]
@@ -40,6 +40,9 @@ pub struct ModelArgs {
     /// Map the weights into memory, or read them.
     #[arg(long, value_enum, default_value_t = Read::Map)]
     pub read_mode: Read,
+    /// How keys and values of the conversation are stored: f16, int8 and int4 need less memory and time at long contexts, and are less exact.
+    #[arg(long, value_enum, default_value_t = Kv::F32)]
+    pub kv: Kv,
     /// Run the graph as it was built, without fusing operations: for comparisons.
     #[arg(long)]
     pub no_fuse: bool,
@@ -73,6 +76,30 @@ pub enum Read {
     Read,
 }
 
+/// How keys and values are stored.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kv {
+    /// As computed, 4 bytes a value.
+    F32,
+    /// Half precision, 2 bytes.
+    F16,
+    /// 8 bits, with a scale for each head of a token.
+    Int8,
+    /// 4 bits, with a scale and a minimum for every 32 values.
+    Int4,
+}
+
+impl From<Kv> for KvFormat {
+    fn from(kv: Kv) -> KvFormat {
+        match kv {
+            Kv::F32 => KvFormat::F32,
+            Kv::F16 => KvFormat::F16,
+            Kv::Int8 => KvFormat::Int8,
+            Kv::Int4 => KvFormat::Int4,
+        }
+    }
+}
+
 impl ModelArgs {
     /// The engine's options.
     pub fn options(&self, bars: &Bars) -> EngineOptions {
@@ -92,6 +119,7 @@ impl ModelArgs {
                 Read::Map => ReadMode::Map,
                 Read::Read => ReadMode::Read,
             },
+            kv: self.kv.into(),
             fuse: !self.no_fuse,
             progress: bars.hook(),
         }
@@ -107,6 +135,37 @@ impl ModelArgs {
                 Err(Failure::Budget { plan, budget, shown: false })
             }
             (opened, _) => Ok(opened?),
+        }
+    }
+}
+
+/// How a model runs where it only reads prompts.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Run")]
+pub struct RunArgs {
+    /// Threads; 0 takes as many as the system offers.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Shrink pictures to at most this many pixels, counted as the checkpoint does: a still picture counts twice.
+    #[arg(long, value_name = "N")]
+    pub max_pixels: Option<u64>,
+    /// Most tokens of a prompt.
+    #[arg(long, value_name = "N", default_value_t = EngineOptions::default().context, value_parser = positive)]
+    pub context: usize,
+    /// Show no progress.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+impl RunArgs {
+    /// The engine's options.
+    pub fn options(&self, work: &Work) -> EngineOptions {
+        EngineOptions {
+            threads: self.threads,
+            context: self.context,
+            max_pixels: self.max_pixels,
+            progress: work.hook(),
+            ..EngineOptions::default()
         }
     }
 }
@@ -204,7 +263,7 @@ pub fn positive(text: &str) -> Result<usize, String> {
 }
 
 /// Bytes: a number, alone or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB) unit.
-fn byte_size(text: &str) -> Result<u64, String> {
+pub fn byte_size(text: &str) -> Result<u64, String> {
     let wanted = || format!("{text:?} is no size; write bytes, or a unit as in 6GiB or 800MB");
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);

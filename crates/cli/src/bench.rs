@@ -1,4 +1,9 @@
-//! `pocketglm bench`: load time, prefill and decode speed, and peak memory next to the plan.
+//! `pocketglm bench`: load time, prefill and decode speed, and peak memory next to the plan; one step of an agent by
+//! its parts; decoding behind a long context.
+
+mod meter;
+mod serve;
+mod step;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,11 +13,12 @@ use clap::Args;
 use pocketglm::{Engine, GenerateOptions, Message, Part, Picture, Request, Timings};
 use serde_json::json;
 
-use crate::args::{ModelArgs, positive};
+use crate::args::{ModelArgs, positive, screen};
 use crate::failure::Failure;
 use crate::generate::begin;
 use crate::output::{Out, bytes, complain};
 use crate::progress::Bars;
+use meter::Meter;
 
 /// Measure speed and memory.
 #[derive(Args, Debug)]
@@ -29,6 +35,16 @@ pub struct BenchArgs {
     /// Also encode this picture in every round.
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
+    /// Time one step of an agent by its parts: a made-up screenshot of this size, instructions and a question.
+    #[arg(long, value_name = "WxH", value_parser = screen, conflicts_with_all = ["image", "prompt_tokens"])]
+    step: Option<(u32, u32)>,
+    /// Time decoding alone, behind this many tokens of context.
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["image", "prompt_tokens", "step"])]
+    depth: Option<usize>,
+    /// Keep the model and answer requests on standard input, one line each: how `cargo xtask bench` takes turns
+    /// between programs. See `serve.rs`.
+    #[arg(long, hide = true, conflicts_with_all = ["image", "step", "depth"])]
+    serve: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -38,12 +54,21 @@ pub struct BenchArgs {
 
 /// Runs the command.
 pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
+    if args.serve {
+        return serve::run(args);
+    }
     let quiet = args.model.quiet || args.json;
     let bars = Bars::new(quiet);
     let start = Instant::now();
     let model = args.model.open(&bars)?;
     let load = start.elapsed().as_secs_f64();
     let engine = model.engine();
+    if let Some(size) = args.step {
+        return step::run(args, engine, load, size);
+    }
+    if let Some(depth) = args.depth {
+        return behind(args, engine, load, depth);
+    }
 
     let prompt = engine.prompt(&request(engine, args)?)?;
     let options = GenerateOptions {
@@ -102,6 +127,33 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Decoding alone, behind `depth` tokens that are computed once and not counted.
+fn behind(args: &BenchArgs, engine: &Engine, load: f64, depth: usize) -> Result<ExitCode, Failure> {
+    let mut meter = Meter::new(engine, args.model.context, args.model.memory)?;
+    let seconds: Vec<f64> =
+        (0..args.rounds).map(|_| meter.decode(args.max_new_tokens, depth)).collect::<Result<_, _>>()?;
+    let middle = median(seconds.clone());
+    let rate = args.max_new_tokens as f64 / middle.max(1e-9);
+    let mut out = Out::new();
+    if args.json {
+        out.json(&json!({
+            "device": engine.device(),
+            "load_s": load,
+            "depth": depth,
+            "new_tokens": args.max_new_tokens,
+            "rounds": args.rounds,
+            "decode_s": middle,
+            "decode_tokens_per_s": rate,
+            "peak_memory_bytes": peak_memory(),
+        }))?;
+    } else {
+        out.line(&format!("device   {}", engine.device()))?;
+        out.line(&format!("load     {load:.3} s"))?;
+        out.line(&format!("decode   {rate:.1} tokens/s ({} tokens behind {depth})", args.max_new_tokens))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The prompt: token ids drawn over the vocabulary, or the picture with filler text.
 fn request(engine: &Engine, args: &BenchArgs) -> Result<Request, Failure> {
     let Some(image) = &args.image else {
@@ -128,7 +180,7 @@ fn ordinary_tokens(engine: &Engine, count: usize) -> Result<Vec<u32>, Failure> {
     let step = |i: u64| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) % rows;
     let candidates = (1..=rows.saturating_mul(8)).map(|i| step(i) as u32);
     let ids: Vec<u32> = candidates.filter(ordinary).take(count.min(rows as usize)).collect();
-    if ids.is_empty() {
+    if ids.is_empty() && count > 0 {
         Err(Failure::NoOrdinaryToken)
     } else {
         Ok(ids.into_iter().cycle().take(count).collect())

@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::io;
+use std::path::PathBuf;
 
 use pocketglm::MemoryPlan;
 
@@ -48,9 +49,46 @@ pub enum Failure {
     /// The handler of Ctrl-C cannot be installed.
     #[error("cannot handle Ctrl-C: {0}")]
     Signal(#[source] ctrlc::Error),
+    /// A file cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// A chart cannot be drawn.
+    #[error("cannot draw the chart: {0}")]
+    Plot(String),
     /// The vocabulary has nothing but special tokens.
     #[error("the tokenizer has no ordinary token to make a prompt of")]
     NoOrdinaryToken,
+    /// A picture to be made up that is larger than any screen.
+    #[error("a screen of {width}x{height} was asked for, at most {limit} pixels are made up")]
+    ScreenSize {
+        /// Pixels in a row.
+        width: u32,
+        /// Rows.
+        height: u32,
+        /// The cap.
+        limit: u64,
+    },
+    /// A measured run was not the run that was asked for.
+    #[error("a run of {wanted} tokens was asked for, {found} were run")]
+    NotMeasured {
+        /// Tokens asked for.
+        wanted: usize,
+        /// Tokens that were run.
+        found: usize,
+    },
+    /// A line on standard input that is no request.
+    #[error(
+        "{line:?} is no request; send `prefill N [DEPTH]`, `decode N [DEPTH]`, `vision WIDTH HEIGHT` or `quit`"
+    )]
+    BenchRequest {
+        /// The line's beginning.
+        line: String,
+    },
 }
 
 impl Failure {

@@ -9,13 +9,17 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
+mod eval;
 mod failure;
 mod generate;
 mod info;
 mod interrupt;
 mod output;
+mod plot;
 mod progress;
+mod quantize;
 mod taps;
 mod trace;
 
@@ -43,6 +47,12 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Write the intermediate tensors of one forward pass to a safetensors file.
     Trace(trace::TraceArgs),
+    /// Make a smaller model: integers of 8, 4 or 2 bits, or GGUF's blocks.
+    Quantize(quantize::QuantizeArgs),
+    /// Record what a model's activations look like on samples, for better quantising.
+    Calibrate(calibrate::CalibrateArgs),
+    /// Compare quantised models with the original: perplexity, divergence, agreement, size.
+    Eval(eval::EvalArgs),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +62,9 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Trace(args) => trace::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Eval(args) => eval::run(&args),
     };
     match result {
         Ok(code) => code,

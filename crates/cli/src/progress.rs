@@ -50,6 +50,49 @@ impl Bars {
     }
 }
 
+/// The bar of one long piece of work, with the time that is left. Without a terminal, or in quiet, there is none.
+#[derive(Clone)]
+pub struct Work {
+    bar: Option<ProgressBar>,
+}
+
+impl Work {
+    /// A bar that counts bytes, or whole units.
+    pub fn new(quiet: bool, counts_bytes: bool) -> Work {
+        if quiet || !std::io::stderr().is_terminal() {
+            return Work { bar: None };
+        }
+        let counts = if counts_bytes { "{bytes}/{total_bytes} {bytes_per_sec}" } else { "{pos}/{len}" };
+        let template = format!("{{spinner}} {{msg}} [{{bar:30}}] {counts}, {{eta}} left");
+        let style = ProgressStyle::with_template(&template)
+            .map(|s| s.progress_chars("=> "))
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::no_length().with_finish(ProgressFinish::AndClear);
+        bar.set_style(style);
+        bar.enable_steady_tick(Duration::from_millis(120));
+        Work { bar: Some(bar) }
+    }
+
+    /// What the engine calls. Loading takes a moment, so it is not shown.
+    pub fn hook(&self) -> Option<ProgressFn> {
+        let bar = self.bar.clone()?;
+        Some(Arc::new(move |progress: Progress| {
+            if matches!(progress.step, "quantise" | "calibrate" | "compare") {
+                bar.set_message(progress.step);
+                bar.set_length(progress.total as u64);
+                bar.set_position(progress.done as u64);
+            }
+        }))
+    }
+
+    /// Takes the bar off the screen.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 fn update(current: &mut Option<Bar>, progress: Progress) {
     if current.as_ref().is_some_and(|c| c.step != progress.step || progress.done >= progress.total)
         && let Some(Bar { bar, .. }) = current.take()

@@ -135,6 +135,84 @@ pub enum Error {
         /// NaN or an infinity.
         value: f32,
     },
+    /// A precision policy that makes no sense, or does not fit the model.
+    #[error("policy `{policy}`: {what}")]
+    Policy {
+        /// The policy's name.
+        policy: String,
+        /// What was wanted and what was found.
+        what: String,
+    },
+    /// A tensor could not be quantised.
+    #[error("tensor `{tensor}`, row {row}: {source}")]
+    Quantise {
+        /// The tensor.
+        tensor: String,
+        /// Its first row that is concerned.
+        row: usize,
+        /// What happened.
+        source: pocketglm_quant::Error,
+    },
+    /// A quantised tensor that would be quantised again, without leave to do so.
+    #[error(
+        "tensor `{tensor}` is already {found}: making it {wanted} would quantise it twice (--force-requantise)"
+    )]
+    AlreadyQuantised {
+        /// The tensor.
+        tensor: String,
+        /// Its format.
+        found: pocketglm_tensor::DType,
+        /// The format that it would get.
+        wanted: pocketglm_tensor::DType,
+    },
+    /// Something stands where a file is to be written.
+    #[error("{path} exists already (--force replaces it)")]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A method that needs a calibration table, without one.
+    #[error("{method} needs a calibration table for tensor `{tensor}` (--calibration)")]
+    NoCalibration {
+        /// The method.
+        method: &'static str,
+        /// The first tensor that wants it.
+        tensor: String,
+    },
+    /// A calibration table that is none, or one of another model.
+    #[error("calibration table {path}: {what}")]
+    Calibration {
+        /// The file.
+        path: PathBuf,
+        /// What was wanted and what was found.
+        what: String,
+    },
+    /// Samples that cannot be used.
+    #[error("samples {path}: {what}")]
+    Samples {
+        /// The file.
+        path: PathBuf,
+        /// Where, what was wanted and what was found.
+        what: String,
+    },
+    /// Two models that cannot be compared.
+    #[error("{model} cannot be compared with {reference}: {what}")]
+    Compare {
+        /// The model.
+        model: PathBuf,
+        /// What it is compared with.
+        reference: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// The statistics of activations could not be gathered.
+    #[error("the input of `{tensor}`: {source}")]
+    Statistics {
+        /// The weight that the input meets.
+        tensor: String,
+        /// What happened.
+        source: pocketglm_quant::Error,
+    },
     /// The work was cancelled.
     #[error("cancelled")]
     Cancelled,

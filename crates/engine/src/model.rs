@@ -10,7 +10,7 @@ use pocketglm_checkpoint::{
 };
 use pocketglm_glm::{LAYOUTS, Sampling, TextConfig, Trace, VisualTokens, decoder};
 use pocketglm_graph::{Graph, GraphBuilder, passes};
-use pocketglm_tensor::{DType, TensorInfo, WeightSource};
+use pocketglm_tensor::{DType, KvFormat, TensorInfo, WeightSource};
 use pocketglm_vit::VisionConfig;
 use pocketglm_vit::preprocess::PreprocessConfig;
 
@@ -83,6 +83,7 @@ pub(crate) struct Model {
     pub decoder: Graph,
     /// Bytes of `tokenizer.json`, from which the plan estimates the tokenizer's tables.
     pub tokenizer_bytes: u64,
+    pub kv: KvFormat,
     pub fuse: bool,
 }
 
@@ -143,7 +144,7 @@ impl Model {
             None => None,
         };
         options.report("load", 4, STEPS);
-        let graph = text_graph(&text, &weights, options.fuse, Trace::Off)?;
+        let graph = text_graph(&text, &weights, options.kv, options.fuse, Trace::Off)?;
         let (eos, sampling) = generation(checkpoint, &fields)?;
         options.report("load", STEPS, STEPS);
         Ok(Model {
@@ -159,6 +160,7 @@ impl Model {
             text,
             tokenizer_bytes,
             weights: Arc::new(weights),
+            kv: options.kv,
             fuse: options.fuse,
         })
     }
@@ -192,7 +194,8 @@ impl Model {
 
     pub fn kv_bytes_per_token(&self) -> u64 {
         let t = &self.text;
-        (2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * 4) as u64
+        let head = self.kv.head_bytes(t.head_dim).unwrap_or(usize::MAX);
+        head.saturating_mul(2 * t.num_hidden_layers * t.num_key_value_heads) as u64
     }
 
     /// Most tokens of a conversation.
@@ -205,10 +208,11 @@ impl Model {
 pub(crate) fn text_graph(
     text: &TextConfig,
     weights: &dyn WeightSource,
+    kv: KvFormat,
     fuse: bool,
     trace: Trace,
 ) -> Result<Graph> {
-    let mut g = GraphBuilder::new(weights);
+    let mut g = GraphBuilder::new(weights).with_kv_format(kv);
     decoder(&mut g, text, trace)?;
     finish(g, fuse)
 }
@@ -223,21 +227,26 @@ fn finish(g: GraphBuilder<'_>, fuse: bool) -> Result<Graph> {
     Ok(graph)
 }
 
-fn vision_encoder(g: &mut GraphBuilder<'_>, config: &VisionConfig) -> pocketglm_graph::Result<()> {
+pub(crate) fn vision_encoder(g: &mut GraphBuilder<'_>, config: &VisionConfig) -> pocketglm_graph::Result<()> {
     let y = g.scoped(VISION_SCOPE, |g| pocketglm_vit::encoder(g, config))?;
     g.output("image_embeds", y);
     Ok(())
 }
 
-/// Every tensor that the graphs will ask for: taken from the graphs themselves, so that the two cannot differ.
-fn expected_tensors(text: &TextConfig, vision: Option<&VisionConfig>) -> Result<Vec<ExpectedTensor>> {
+/// Decoder and vision encoder in one graph, as they were built and without a checkpoint.
+pub(crate) fn whole_graph(text: &TextConfig, vision: Option<&VisionConfig>) -> Result<Graph> {
     let mut g = GraphBuilder::assuming(DType::F32);
     decoder(&mut g, text, Trace::Off)?;
     if let Some(config) = vision {
         vision_encoder(&mut g, config)?;
     }
+    Ok(g.finish())
+}
+
+/// Every tensor that the graphs will ask for: taken from the graphs themselves, so that the two cannot differ.
+fn expected_tensors(text: &TextConfig, vision: Option<&VisionConfig>) -> Result<Vec<ExpectedTensor>> {
     let tensor = |TensorInfo { name, shape, .. }| ExpectedTensor { name, shape, optional: false };
-    Ok(g.finish().weights().into_iter().map(tensor).collect())
+    Ok(whole_graph(text, vision)?.weights().into_iter().map(tensor).collect())
 }
 
 impl VisionModel {
@@ -293,8 +302,8 @@ impl VisionModel {
     }
 }
 
-/// The chat template: its own file first, then the one in the tokenizer's configuration.
-fn template(checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
+/// The chat template's text: its own file first, then the one in the tokenizer's configuration.
+pub(crate) fn template_source(checkpoint: &Checkpoint) -> Result<Option<String>> {
     let mut source = checkpoint.text("chat_template.jinja")?;
     for file in ["chat_template.json", "tokenizer_config.json"] {
         if source.is_none()
@@ -303,6 +312,11 @@ fn template(checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
             source = template_from_config(json.as_slice()).map_err(text_error(file))?;
         }
     }
+    Ok(source)
+}
+
+fn template(checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
+    let source = template_source(checkpoint)?;
     source.map(|s| ChatTemplate::new(&s)).transpose().map_err(text_error("chat template"))
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pocketglm_bpe::ContentFormat;
 use pocketglm_checkpoint::ReadMode;
 use pocketglm_glm::Sampling;
+use pocketglm_tensor::KvFormat;
 
 /// How far a long step has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub struct EngineOptions {
     pub content_format: ContentFormat,
     /// Whether weights are mapped or copied into memory.
     pub read_mode: ReadMode,
+    /// How keys and values of the conversation are stored.
+    pub kv: KvFormat,
     /// Whether the graph is fused. Off only for comparisons.
     pub fuse: bool,
     /// Hears of loading and encoding.
@@ -52,6 +55,7 @@ impl Default for EngineOptions {
             memory: None,
             content_format: ContentFormat::Hf,
             read_mode: ReadMode::Map,
+            kv: KvFormat::default(),
             fuse: true,
             progress: None,
         }

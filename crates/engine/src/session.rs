@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use pocketglm_bpe::{Detokenizer, StopStrings};
 use pocketglm_glm::{Sampler, Trace};
 use pocketglm_graph::{Inputs, Program, ProgramState};
+use pocketglm_tensor::KvFormat;
 use pocketglm_vit::preprocess::vision_positions;
 
 use crate::plan::{decoder_bindings, vision_bindings};
@@ -265,7 +266,15 @@ fn entries(prompt: &Prompt) -> impl Iterator<Item = Entry> + '_ {
 
 /// Rows of one picture or video: `[tokens, width]`.
 pub(crate) fn encode(engine: &Engine, picture: &Encodable) -> Result<Vec<f32>> {
-    let program = engine.vision()?;
+    Ok(encode_with(engine, engine.vision()?, picture)?.take("image_embeds")?.values)
+}
+
+/// Runs one picture or video through a program of the vision encoder.
+pub(crate) fn encode_with(
+    engine: &Engine,
+    program: &dyn Program,
+    picture: &Encodable,
+) -> Result<pocketglm_graph::Outputs> {
     let model = engine.inner.model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
     let merge = model.config.spatial_merge_size;
     let place = vision_positions(&[picture.pixels.grid], merge, model.config.table_side)?;
@@ -282,7 +291,7 @@ pub(crate) fn encode(engine: &Engine, picture: &Encodable) -> Result<Vec<f32>> {
         .i32("segments", &segments);
     let bindings = vision_bindings(place.rows.len(), merge, segments.len() - 1);
     let mut state = program.new_state(&bindings)?;
-    Ok(program.run(&mut state, &inputs, &bindings)?.take("image_embeds")?.values)
+    Ok(program.run(&mut state, &inputs, &bindings)?)
 }
 
 /// Why an answer ended.
@@ -512,10 +521,17 @@ impl Iterator for Generation<'_> {
     }
 }
 
-/// A decoder that also names its hidden states, over the same weights.
+/// A decoder that also names its hidden states, over the same weights. Its cache is in f32, since a trace is made to be
+/// compared with a reference.
 pub(crate) fn tracing_decoder(engine: &Engine) -> Result<Box<dyn Program>> {
     use pocketglm_graph::Backend;
     let model = &engine.inner.model;
-    let graph = crate::model::text_graph(&model.text, &*model.weights, model.fuse, Trace::HiddenStates)?;
+    let graph = crate::model::text_graph(
+        &model.text,
+        &*model.weights,
+        KvFormat::F32,
+        model.fuse,
+        Trace::HiddenStates,
+    )?;
     Ok(engine.inner.backend.compile(&graph, model.weights.clone())?)
 }

@@ -93,10 +93,9 @@ fn attention(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Valu
     let new_k = g.reshape(new_k, &[t.clone(), (k * d).into()])?;
     let new_v = g.linear("v_proj", x, k * d, config.attention_bias)?;
     let cached = |g: &mut GraphBuilder<'_>, name: &str, rows: Value| {
-        let state = g.state(name, &[Dim::symbol("C"), (k * d).into()])?;
+        let state = g.kv_state(name, Dim::symbol("C"), k, d)?;
         let state = g.kv_append(rows, state, past.clone())?;
-        let rows = g.slice(state, 0, 0, keys.clone())?;
-        g.reshape(rows, &[keys.clone(), k.into(), d.into()])
+        g.kv_read(state, keys.clone())
     };
     let keys_now = cached(g, "k", new_k)?;
     let values_now = cached(g, "v", new_v)?;

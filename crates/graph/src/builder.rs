@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use pocketglm_tensor::{DType, Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{DType, KvFormat, Tensor, TensorInfo, WeightSource};
 
 use crate::dim::Dim;
 use crate::graph::{Graph, Meta, Node, Value};
 use crate::ops::{
-    Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, GatherRows, Input, KvAppend,
+    Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, GatherRows, Input, KvAppend, KvRead,
     LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout, RopeTable, Scale, ScatterRows, Slice,
     Softmax, SoftmaxMask, State, Unary, UnaryKind, WeightRef, WeightedGather,
 };
@@ -27,6 +27,7 @@ pub struct GraphBuilder<'w> {
     scope: String,
     weights: Weights<'w>,
     known: HashMap<String, Value>,
+    kv_format: KvFormat,
 }
 
 impl<'w> GraphBuilder<'w> {
@@ -41,7 +42,13 @@ impl<'w> GraphBuilder<'w> {
     }
 
     fn with(weights: Weights<'_>) -> GraphBuilder<'_> {
-        GraphBuilder { graph: Graph::default(), scope: String::new(), weights, known: HashMap::new() }
+        GraphBuilder {
+            graph: Graph::default(),
+            scope: String::new(),
+            weights,
+            known: HashMap::new(),
+            kv_format: KvFormat::F32,
+        }
     }
 
     /// The graph built so far.
@@ -135,10 +142,17 @@ impl<'w> GraphBuilder<'w> {
         self.push(Op::Constant(Constant { tensor }), &[])
     }
 
-    /// A buffer that lives from run to run; its first dimension is its capacity.
-    pub fn state(&mut self, name: &str, shape: &[Dim]) -> Result<Value> {
-        let name = self.path(name);
-        self.push_known(&name, Op::State(State { name: name.clone(), shape: shape.to_vec() }))
+    /// Makes caches of this format from now on; f32 without.
+    pub fn with_kv_format(mut self, format: KvFormat) -> Self {
+        self.kv_format = format;
+        self
+    }
+
+    /// A cache of keys or values that lives from run to run: `[capacity, heads, d]`.
+    pub fn kv_state(&mut self, name: &str, capacity: Dim, heads: usize, d: usize) -> Result<Value> {
+        let (name, dtype) = (self.path(name), self.kv_format.dtype());
+        let shape = vec![capacity, heads.into(), d.into()];
+        self.push_known(&name, Op::State(State { name: name.clone(), dtype, shape }))
     }
 
     /// Names a result of the graph.
@@ -305,6 +319,14 @@ impl<'w> GraphBuilder<'w> {
     /// Appends rows to a state from row `at` on; the result is the state afterwards.
     pub fn kv_append(&mut self, rows: Value, state: Value, at: Dim) -> Result<Value> {
         self.push(Op::KvAppend(KvAppend { at }), &[rows, state])
+    }
+
+    /// The first rows of a cache as f32 `[rows, heads, d]`.
+    pub fn kv_read(&mut self, state: Value, rows: Dim) -> Result<Value> {
+        if self.meta(state).dtype == DType::F32 {
+            return self.slice(state, 0, 0, rows);
+        }
+        self.push(Op::KvRead(KvRead { rows }), &[state])
     }
 
     /// Attention from primitive ops: `softmax(q · kᵀ * scale) · v` per head.

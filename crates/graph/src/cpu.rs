@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pocketglm_tensor::ops::{linear_scratch_bytes, packed_scratch_bytes};
 use pocketglm_tensor::{
-    AlignedF32, Bytes, Cpu, DType, Packed, PackedFormat, RowCodes, ScaleKind, Tensor, Weight, WeightSource,
+    AlignedF32, Bytes, Cpu, DType, KvFormat, Packed, PackedFormat, RowCodes, ScaleKind, Tensor, Weight,
+    WeightSource,
 };
 
 use crate::backend::{Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState};
@@ -356,8 +357,8 @@ impl Program for CpuProgram {
         let buffers = &mut own(state)?.buffers;
         buffers.resize_with(self.states.len(), AlignedF32::default);
         for (buffer, (i, _)) in buffers.iter_mut().zip(&self.states) {
-            let shape = eval_shape(&self.graph.nodes[*i].outputs[0].shape, bindings)?;
-            buffer.resize(shape.iter().product())?;
+            let meta = &self.graph.nodes[*i].outputs[0];
+            buffer.resize(state_bytes(meta.dtype, &eval_shape(&meta.shape, bindings)?)?.div_ceil(4))?;
         }
         state.bindings = bindings.clone();
         Ok(())
@@ -402,6 +403,12 @@ impl Program for CpuProgram {
         }
         Ok(outputs)
     }
+}
+
+/// Bytes of a state.
+fn state_bytes(dtype: DType, shape: &[usize]) -> Result<usize> {
+    let too_large = || pocketglm_tensor::Error::TooLarge { shape: shape.to_vec(), dtype };
+    Ok(dtype.bytes(shape).ok_or_else(too_large)?)
 }
 
 fn own(state: &mut ProgramState) -> Result<&mut CpuState> {
@@ -461,7 +468,8 @@ impl Run<'_> {
         let mut inputs = Vec::with_capacity(node.inputs.len());
         for (k, v) in node.inputs.iter().enumerate() {
             inputs.push(if k + states >= node.inputs.len() {
-                Operand { data: Data::F32(&[]), shape: self.plan.shape(*v) }
+                let format = KvFormat::of(self.program.graph.meta(*v).dtype).unwrap_or(KvFormat::F32);
+                Operand { data: Data::Kv(format, &[]), shape: self.plan.shape(*v) }
             } else {
                 self.operand(*v, &rest, buffers)?
             });
@@ -495,7 +503,16 @@ impl Run<'_> {
         let data = match &self.plan.places[root.node()][root.port()] {
             Place::Arena(range) => view(rest.get(range)?)?,
             _ => match &self.program.graph.node(root).op {
-                Op::State(_) => view(&buffers[self.state_index(root)?])?,
+                Op::State(state) => {
+                    let buffer = &buffers[self.state_index(root)?];
+                    match KvFormat::of(state.dtype) {
+                        // Codes have no elements that a view could begin at.
+                        Some(format) if format != KvFormat::F32 && offset == 0 => {
+                            Data::Kv(format, bytemuck::cast_slice(buffer))
+                        }
+                        _ => view(buffer)?,
+                    }
+                }
                 Op::Input(_) => match self.given.get(&root.node()) {
                     Some(InputData::F32(x)) => view(x)?,
                     Some(InputData::I32(x)) => Data::I32(x.get(part.clone()).ok_or_else(outside)?),
@@ -589,7 +606,7 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
             }
             Op::Weight(w) if stored[i] => memory.weights += w.dtype.bytes(&w.shape).unwrap_or(0) as u64,
             Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
-            Op::State(_) => memory.states += elements * 4,
+            Op::State(s) => memory.states += state_bytes(s.dtype, &plan.shapes[i][0])? as u64,
             _ if node.load_time => memory.converted += elements * 4,
             Op::Linear(_) | Op::Qkv(_) | Op::MatMul(_) => {
                 let x = plan.shape(node.inputs[0]);

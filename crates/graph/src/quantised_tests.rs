@@ -75,7 +75,7 @@ fn model(dtype: DType, seed: u32) -> Source {
 fn graph(source: &Source, fuse: bool) -> Graph {
     let mut g = GraphBuilder::new(source);
     let t = Dim::symbol("T");
-    let ids = g.input("ids", DType::I32, &[t.clone()]).unwrap();
+    let ids = g.input("ids", DType::I32, std::slice::from_ref(&t)).unwrap();
     let table = g.weight("table", &[40, K]).unwrap();
     let x = g.gather_rows(table, ids).unwrap();
     let x = g.rms_norm("norm", x, 1e-5).unwrap();

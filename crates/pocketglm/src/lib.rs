@@ -31,7 +31,7 @@ mod model;
 pub use model::{Chat, Model, Prompt};
 pub use pocketglm_engine::{
     Cancel, Content, ContentFormat, DType, DevicePoint, Engine, EngineOptions, Error, FinishReason,
-    GenerateOptions, Generation, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part, Picture, Piece,
-    Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Request, Result, Sampling, Session, Tensor,
-    Timings, Trace, to_device_pixels,
+    GenerateOptions, Generation, KvFormat, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part,
+    Picture, Piece, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Request, Result, Sampling,
+    Session, Tensor, Timings, Trace, quantise, to_device_pixels,
 };

@@ -7,7 +7,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use pocketglm_tensor::{Cpu, DType, Packed, PackedFormat, RowCodes, ScaleKind, Weight, ZeroKind, ops, peak};
+use pocketglm_tensor::{
+    Cpu, DType, KvFormat, KvRows, Packed, PackedFormat, RowCodes, ScaleKind, Weight, ZeroKind, ops, peak,
+};
 
 /// Median and best of rates.
 fn summary(mut rates: Vec<f64>) -> (f64, f64) {
@@ -158,10 +160,8 @@ fn main() {
         let args = ops::Attention {
             q: &q,
             q_stride: h * d,
-            k: &k,
-            k_stride: kvh * d,
-            v: &v,
-            v_stride: kvh * d,
+            k: KvRows::f32(&k, kvh * d),
+            v: KvRows::f32(&v, kvh * d),
             t,
             s,
             h,
@@ -179,38 +179,45 @@ fn main() {
             black_box(&out);
         });
     }
-    for s in [1024, 8192] {
-        let name = format!("attention decode s={s}");
-        if !wanted(&name) {
-            continue;
-        }
-        let (h, kvh, d) = (32, 2, 128);
-        // Many caches, so that none of them stays in the processor's.
-        let caches: Vec<_> =
-            (0..(1 << 28) / (s * kvh * d * 8)).map(|_| (values(s * kvh * d), values(s * kvh * d))).collect();
-        let q = values(h * d);
-        let mut out = vec![0f32; h * d];
-        let work = (caches.len() * s * kvh * d * 8) as f64 * 1e-9;
-        compare(&name, "GB/s", rounds, work, &bytes, &mut || {
-            for (k, v) in &caches {
-                let args = ops::Attention {
-                    q: &q,
-                    q_stride: h * d,
-                    k,
-                    k_stride: kvh * d,
-                    v,
-                    v_stride: kvh * d,
-                    t: 1,
-                    s,
-                    h,
-                    kvh,
-                    d,
-                    scale: 0.088,
-                    mask: ops::Mask::Causal { past: s - 1 },
-                    out_stride: h * d,
-                };
-                ops::attention(&cpu, &args, &mut out).unwrap();
+    for format in KvFormat::ALL {
+        for s in [512, 4096] {
+            let name = format!("attention decode {format} s={s}");
+            if !wanted(&name) {
+                continue;
             }
-        });
+            let (h, kvh, d) = (32, 2, 128);
+            let stride = kvh * format.head_bytes(d).unwrap();
+            let cache = |x: &[f32]| {
+                let mut bytes = vec![0u8; s * stride];
+                ops::kv_store(&cpu, x, kvh * d, [s, kvh, d], format, &mut bytes).unwrap();
+                bytes
+            };
+            // Many caches, so that none of them stays in the processor's.
+            let count = ((1 << 28) / (s * kvh * d * 8)).max(2);
+            let x = values(s * kvh * d + count);
+            let caches: Vec<_> = (0..count).map(|i| (cache(&x[i..]), cache(&x[count - i..]))).collect();
+            let q = values(h * d);
+            let mut out = vec![0f32; h * d];
+            let work = (caches.len() * s * stride * 2) as f64 * 1e-9;
+            compare(&name, "GB/s", rounds, work, &bytes, &mut || {
+                for (k, v) in &caches {
+                    let args = ops::Attention {
+                        q: &q,
+                        q_stride: h * d,
+                        k: KvRows::new(format, k, stride),
+                        v: KvRows::new(format, v, stride),
+                        t: 1,
+                        s,
+                        h,
+                        kvh,
+                        d,
+                        scale: 0.088,
+                        mask: ops::Mask::Causal { past: s - 1 },
+                        out_stride: h * d,
+                    };
+                    ops::attention(&cpu, &args, &mut out).unwrap();
+                }
+            });
+        }
     }
 }

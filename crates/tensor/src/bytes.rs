@@ -150,4 +150,3 @@ impl std::ops::DerefMut for AlignedF32 {
         &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
     }
 }
-

@@ -1,5 +1,7 @@
 use std::fmt;
 
+use crate::KvFormat;
+
 /// Element type of a tensor.
 #[non_exhaustive]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -20,6 +22,10 @@ pub enum DType {
     Block(Block),
     /// Groups of quantised values with a scale of their own: this project's integer formats.
     Affine(Affine),
+    /// Rows that are heads of a cache of keys or values, [`KvFormat::Int8`](crate::KvFormat::Int8).
+    Kv8,
+    /// The same, [`KvFormat::Int4`](crate::KvFormat::Int4).
+    Kv4,
 }
 
 /// A block format of GGUF (ggml's names): so many values of a row share the bytes of one block.
@@ -239,7 +245,7 @@ impl DType {
             DType::F16 | DType::BF16 => Some(2),
             DType::I64 => Some(8),
             DType::U8 => Some(1),
-            DType::Block(_) | DType::Affine(_) => None,
+            DType::Block(_) | DType::Affine(_) | DType::Kv8 | DType::Kv4 => None,
         }
     }
 
@@ -259,6 +265,8 @@ impl DType {
                 if k.is_multiple_of(values) { (k / values).checked_mul(bytes) } else { None }
             }
             DType::Affine(a) => a.row_bytes(k),
+            DType::Kv8 => KvFormat::Int8.head_bytes(k),
+            DType::Kv4 => KvFormat::Int4.head_bytes(k),
             DType::F32 | DType::I32 | DType::F16 | DType::BF16 | DType::I64 | DType::U8 => {
                 match self.size() {
                     Some(size) => k.checked_mul(size),
@@ -281,7 +289,7 @@ impl DType {
         matches!(self, DType::F32 | DType::F16 | DType::BF16)
     }
 
-    /// Whether elements are codes that share a scale.
+    /// Whether the type is one of the formats of quantised weights.
     pub const fn is_quantised(self) -> bool {
         matches!(self, DType::Block(_) | DType::Affine(_))
     }
@@ -297,10 +305,12 @@ impl DType {
             DType::U8 => "U8",
             DType::Block(b) => b.name(),
             DType::Affine(a) => a.name(),
+            DType::Kv8 => "kv-int8",
+            DType::Kv4 => "kv-int4",
         }
     }
 
-    /// The type of this [`name`](DType::name), in upper or lower case.
+    /// The type of this [`name`](DType::name), in upper or lower case; not those of caches, which no file has.
     pub fn from_name(name: &str) -> Option<DType> {
         let plain = [DType::F32, DType::F16, DType::BF16, DType::I64, DType::I32, DType::U8];
         let blocks = Block::ALL.into_iter().map(DType::Block);

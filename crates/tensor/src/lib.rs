@@ -13,6 +13,7 @@
 mod bytes;
 mod dtype;
 mod error;
+mod kv;
 #[allow(unsafe_code, reason = "kernels: vector loads and stores, rows split between threads")]
 pub mod ops;
 mod packed;
@@ -28,6 +29,7 @@ mod weight;
 pub use bytes::{AlignedF32, Bytes, BytesOwner};
 pub use dtype::{Affine, Block, DType, Group};
 pub use error::Error;
+pub use kv::{KvFormat, KvRows};
 pub use packed::{IQ4_TABLE, Packed, PackedFormat, RowCodes, ScaleKind, ZeroKind};
 pub use pool::Cpu;
 pub use simd::Isa;

@@ -1,6 +1,6 @@
 //! Fused attention (Dao et al. 2022): scores are never stored.
 
-use pocketglm_tensor::{Cpu, ops as kernels};
+use pocketglm_tensor::{Cpu, KvRows, ops as kernels};
 
 use super::{Call, OpDef, shape_error};
 use crate::dim::Dim;
@@ -9,8 +9,9 @@ use crate::{Error, Result};
 
 /// `softmax(q · kᵀ * scale + mask) · v`, per head; key head of query head `h` is `h / (heads / kv_heads)`.
 ///
-/// Operands: `q [t, ..]`, `k` and `v` `[>= keys, ..]`, each a matrix whose heads start at the column given, then
-/// the segment boundaries where the mask has them. Result `[t, heads·head_dim]`.
+/// Operands: `q [t, ..]`, `k` and `v` `[>= keys, ..]`, each a matrix whose heads start at the column given, or for k
+/// and v a cache `[capacity, kv_heads, head_dim]` in any format; then the segment boundaries where the mask has them.
+/// Result `[t, heads·head_dim]`.
 #[derive(Clone, Debug)]
 pub struct Attention {
     /// Query heads.
@@ -63,25 +64,24 @@ impl Attention {
             AttentionMask::Causal { .. } => kernels::Mask::Causal { past: s.saturating_sub(t) },
             AttentionMask::Segments => kernels::Mask::Full,
         };
-        let arguments = self.arguments([(&[], 0); 3], t, s, mask);
+        let none = KvRows::f32(&[], 0);
+        let arguments = self.arguments((&[], 0), [none; 2], t, s, mask);
         Ok(kernels::attention_scratch_bytes(cpu, &arguments)? as u64)
     }
 
     fn arguments<'a>(
         &self,
-        heads: [(&'a [f32], usize); 3],
+        (q, q_stride): (&'a [f32], usize),
+        [k, v]: [KvRows<'a>; 2],
         t: usize,
         s: usize,
         mask: kernels::Mask<'a>,
     ) -> kernels::Attention<'a> {
-        let [(q, q_stride), (k, k_stride), (v, v_stride)] = heads;
         kernels::Attention {
             q,
             q_stride,
             k,
-            k_stride,
             v,
-            v_stride,
             t,
             s,
             h: self.heads,
@@ -105,9 +105,11 @@ impl OpDef for Attention {
         if inputs.len() != wanted || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(wrong());
         }
-        for (m, (column, heads)) in
-            inputs.iter().zip(self.columns.iter().zip([self.heads, self.kv_heads, self.kv_heads]))
-        {
+        let parts = self.columns.iter().zip([self.heads, self.kv_heads, self.kv_heads]);
+        for (i, (m, (column, heads))) in inputs.iter().zip(parts).enumerate() {
+            if i > 0 && *column == 0 && super::kv::is_cache(m, heads, self.head_dim) {
+                continue;
+            }
             let wide = |d: &Dim| d.as_fixed().is_some_and(|w| column + heads * self.head_dim <= w);
             if m.shape.len() != 2 || !wide(&m.shape[1]) {
                 return Err(wrong());
@@ -123,17 +125,26 @@ impl OpDef for Attention {
     fn run(&self, call: &mut Call<'_, '_>) -> Result<()> {
         let keys = self.keys.eval(call.bindings)?;
         let t = call.shape("attention", 0)?[0];
-        let mut heads = [(&[][..], 0usize); 3];
-        for (i, slot) in heads.iter_mut().enumerate() {
-            let (x, shape) = (call.f32("attention", i)?, call.shape("attention", i)?);
-            if i > 0 && shape[0] < keys {
+        let from = |x: &'_ [f32], column: usize| column.min(x.len());
+        let (q, q_stride) = (call.f32("attention", 0)?, call.shape("attention", 0)?[1]);
+        let q = &q[from(q, self.columns[0])..];
+        let mut cached = [KvRows::f32(&[], 0); 2];
+        for (i, slot) in (1..).zip(&mut cached) {
+            let shape = call.shape("attention", i)?;
+            if shape[0] < keys {
                 return Err(Error::Shape {
                     op: "attention",
                     wanted: format!("{keys} keys"),
                     found: format!("a state of {}", shape[0]),
                 });
             }
-            *slot = (x.get(self.columns[i]..).unwrap_or(&[]), shape[1]);
+            *slot = match *shape {
+                [_, width] => {
+                    let x = call.f32("attention", i)?;
+                    KvRows::f32(&x[from(x, self.columns[i])..], width)
+                }
+                _ => call.kv_rows("attention", i)?,
+            };
         }
         let segments;
         let mask = match &self.mask {
@@ -143,7 +154,7 @@ impl OpDef for Attention {
                 kernels::Mask::Segments(&segments)
             }
         };
-        let arguments = self.arguments(heads, t, keys, mask);
+        let arguments = self.arguments((q, q_stride), cached, t, keys, mask);
         Ok(kernels::attention(call.cpu, &arguments, call.output("attention", 0)?)?)
     }
 }

@@ -19,13 +19,13 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-use pocketglm_tensor::{Cpu, DType, Tensor, Weight};
+use pocketglm_tensor::{Cpu, DType, KvFormat, KvRows, Tensor, Weight};
 
 pub use attention::{Attention, AttentionMask};
 pub use conv::{BatchNorm, Conv};
 pub use elementwise::{Binary, BinaryKind, Scale, Unary, UnaryKind};
 pub use gather::{GatherRows, ScatterRows, WeightedGather};
-pub use kv::KvAppend;
+pub use kv::{KvAppend, KvRead};
 pub use linear::{Activation, Linear, LinearNorm};
 pub use matmul::MatMul;
 pub use norm::{LayerNorm, NormAdd, RmsNorm};
@@ -66,6 +66,7 @@ pub enum Op {
     WeightedGather(WeightedGather),
     ScatterRows(ScatterRows),
     KvAppend(KvAppend),
+    KvRead(KvRead),
     Conv(Conv),
     Linear(Linear),
     Qkv(Qkv),
@@ -104,6 +105,8 @@ pub(crate) enum Data<'a> {
     Weight(Weight<'a>),
     /// A quantised table, of which rows are read.
     Rows(&'a Tensor),
+    /// A state of keys or values: its format and its bytes, of which there are none where the op writes it.
+    Kv(KvFormat, &'a [u8]),
 }
 
 /// A running op: operands, results and where to work.
@@ -133,6 +136,7 @@ impl<'a> Call<'a, '_> {
             Data::I32(_) => Err(kind(op, i, "f32", "i32")),
             Data::Weight(_) => Err(kind(op, i, "f32", "a 16-bit or packed weight")),
             Data::Rows(t) => Err(kind(op, i, "f32", t.dtype().name())),
+            Data::Kv(format, _) => Err(kind(op, i, "f32", format.dtype().name())),
         }
     }
 
@@ -151,6 +155,33 @@ impl<'a> Call<'a, '_> {
             Data::F32(x) => Ok(Weight::F32(x)),
             Data::I32(_) => Err(kind(op, i, "a weight", "i32")),
             Data::Rows(t) => Err(kind(op, i, "a weight", t.dtype().name())),
+            Data::Kv(format, _) => Err(kind(op, i, "a weight", format.dtype().name())),
+        }
+    }
+
+    /// The format of operand `i`, a state of keys or values.
+    pub fn kv_format(&self, op: &'static str, i: usize) -> Result<KvFormat> {
+        match self.operand(op, i)?.data {
+            Data::Kv(format, _) => Ok(format),
+            Data::F32(_) => Ok(KvFormat::F32),
+            _ => Err(kind(op, i, "a cache", "other data")),
+        }
+    }
+
+    /// Operand `i` as keys or values: a state `[capacity, heads, d]` or a matrix of f32.
+    pub fn kv_rows(&self, op: &'static str, i: usize) -> Result<KvRows<'a>> {
+        let operand = self.operand(op, i)?;
+        let (row, head) = match *operand.shape {
+            [_, heads, d] => (heads, d),
+            [_, width] => (1, width),
+            _ => (0, 0),
+        };
+        match operand.data {
+            Data::Kv(format, bytes) => {
+                let stride = format.head_bytes(head).unwrap_or(0).saturating_mul(row);
+                Ok(KvRows::new(format, bytes, stride))
+            }
+            _ => Ok(KvRows::f32(self.f32(op, i)?, row * head)),
         }
     }
 
@@ -232,6 +263,7 @@ impl Op {
             Op::WeightedGather(o) => o,
             Op::ScatterRows(o) => o,
             Op::KvAppend(o) => o,
+            Op::KvRead(o) => o,
             Op::Conv(o) => o,
             Op::Linear(o) => o,
             Op::Qkv(o) => o,

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// `[q | k | v] = norm(x) · Wᵀ + b`, q and k rotated; where `append` is set, k and v go to their states.
 ///
 /// Operands: `x [t, c]`, the norm's, weights and biases, `table [t, r]`, then `k state`, `v state`
-/// (`[capacity, kv_heads·head_dim]`). Results: `[t, (heads + 2·kv_heads)·head_dim]`, then the states.
+/// (`[capacity, kv_heads, head_dim]`). Results: `[t, (heads + 2·kv_heads)·head_dim]`, then the states.
 #[derive(Clone, Debug)]
 pub struct Qkv {
     /// Norm of x.
@@ -65,11 +65,10 @@ impl OpDef for Qkv {
         let [t, c] = inputs[0].shape.as_slice() else { return Err(wrong()) };
         let n = total_rows(&self.parts, c, &inputs[at..at + weights]).ok_or_else(wrong)?;
         let table = &inputs[at + weights].shape;
-        let kv = Dim::from(self.kv_heads * self.head_dim);
         let fits = n.as_fixed() == Some(self.width())
             && inputs[1..at].iter().all(|m| m.shape.as_slice() == std::slice::from_ref(c))
             && matches!(table.as_slice(), [tt, r] if tt == t && r.as_fixed().is_some_and(|r| r <= self.head_dim))
-            && inputs[at + weights + 1..].iter().all(|s| s.shape.len() == 2 && s.shape[1] == kv);
+            && inputs[at + weights + 1..].iter().all(|s| kv::is_cache(s, self.kv_heads, self.head_dim));
         if !fits {
             return Err(wrong());
         }
@@ -121,7 +120,7 @@ impl OpDef for Qkv {
         )?;
         let Some(append) = &self.append else { return Ok(()) };
         let past = append.eval(call.bindings)?;
-        let kv = self.kv_heads * d;
+        let formats = [call.kv_format("qkv", at + 1)?, call.kv_format("qkv", at + 2)?];
         let [qkv, k_state, v_state] = call.outputs else {
             return Err(Error::Shape {
                 op: "qkv",
@@ -129,10 +128,11 @@ impl OpDef for Qkv {
                 found: call.outputs.len().to_string(),
             });
         };
-        for (i, row) in qkv.chunks_exact(width).enumerate() {
-            let (k, v) = row[self.heads * d..].split_at(kv);
-            kv::append(k_state, past + i, kv, k)?;
-            kv::append(v_state, past + i, kv, v)?;
+        let columns = [self.heads * d, (self.heads + self.kv_heads) * d];
+        for ((state, format), column) in [k_state, v_state].into_iter().zip(formats).zip(columns) {
+            let x = qkv.get(column..).unwrap_or(&[]);
+            let rows = kv::Rows { x, stride: width, shape: [t, self.kv_heads, d] };
+            kv::append(cpu, state, format, past, &rows)?;
         }
         Ok(())
     }

@@ -41,6 +41,8 @@ pub struct Constant {
 pub struct State {
     /// Its name.
     pub name: String,
+    /// Element type: F32, or that of a [`KvFormat`](pocketglm_tensor::KvFormat), whose rows are heads.
+    pub dtype: DType,
     /// Shape; its first dimension is the capacity.
     pub shape: Vec<Dim>,
 }
@@ -76,4 +78,4 @@ fn fixed(shape: &[usize]) -> Vec<Dim> {
 source!(Input, "input", |s| s.meta.clone());
 source!(WeightRef, "weight", |s| Meta { dtype: s.dtype, shape: fixed(&s.shape) });
 source!(Constant, "constant", |s| Meta { dtype: s.tensor.dtype(), shape: fixed(s.tensor.shape()) });
-source!(State, "state", |s| Meta::f32(s.shape.clone()));
+source!(State, "state", |s| Meta { dtype: s.dtype, shape: s.shape.clone() });

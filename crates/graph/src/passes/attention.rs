@@ -93,9 +93,18 @@ fn matched(graph: &Graph, i: usize) -> Option<Found> {
     Some(Found { q, k, v, segments, op, result, scope })
 }
 
-/// `[rows, heads, d]` as `[rows, heads·d]`: what a reshape made it from, or a new reshape. Rows cut from the
-/// front of a state are the state itself; the node's `keys` says how many count.
+/// `[rows, heads, d]` as `[rows, heads·d]`: what a reshape made it from, or a new reshape; or the cache that it is the
+/// first rows of.
 fn as_matrix(graph: &mut Graph, x: Value, scope: &str) -> crate::Result<Value> {
+    // The first rows of a cache are the cache itself; the node's `keys` says how many count.
+    let cache = match &graph.node(x).op {
+        Op::Slice(Slice { axis: 0, start, .. }) if *start == Dim::fixed(0) => Some(graph.node(x).inputs[0]),
+        Op::KvRead(_) => Some(graph.node(x).inputs[0]),
+        _ => None,
+    };
+    if let Some(cache) = cache.filter(|c| matches!(graph.node(*c).op, Op::KvAppend(_) | Op::State(_))) {
+        return Ok(cache);
+    }
     let shape = graph.meta(x).shape.clone();
     let flat = vec![shape[0].clone(), shape[1].clone() * shape[2].clone()];
     let mut value = None;
@@ -103,12 +112,8 @@ fn as_matrix(graph: &mut Graph, x: Value, scope: &str) -> crate::Result<Value> {
         let inner = graph.node(x).inputs[0];
         value = (graph.meta(inner).shape == flat).then_some(inner);
     }
-    let value = match value {
-        Some(v) => v,
-        None => graph.push(Op::Reshape(Reshape { shape: flat }), vec![x], scope)?,
-    };
-    Ok(match &graph.node(value).op {
-        Op::Slice(Slice { axis: 0, start, .. }) if *start == Dim::fixed(0) => graph.node(value).inputs[0],
-        _ => value,
-    })
+    match value {
+        Some(v) => Ok(v),
+        None => graph.push(Op::Reshape(Reshape { shape: flat }), vec![x], scope),
+    }
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use pocketglm_tensor::{Cpu, DType, Error as TensorError, Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{Cpu, DType, Error as TensorError, KvFormat, Tensor, TensorInfo, WeightSource};
 
 use super::*;
 use crate::ops::{RopeLayout, SoftmaxMask, UnaryKind};
-use crate::{Backend, Bindings, CpuBackend, Dim, GraphBuilder, Inputs, Outputs, Value};
+use crate::{Backend, Bindings, CpuBackend, Dim, GraphBuilder, Inputs, Outputs, Value, plan_memory};
 
 /// Any tensor that is asked for, with numbers that depend on its name alone.
 struct Invented;
@@ -299,10 +299,9 @@ fn cached_attention(g: &mut GraphBuilder<'_>) -> Value {
     let k = g.reshape(k, &[t(), 12.into()]).unwrap();
     let v = linear(g, "v", x, 12, 10, true);
     let cached = |g: &mut GraphBuilder<'_>, name: &str, rows: Value| {
-        let state = g.state(name, &[Dim::symbol("C"), 12.into()]).unwrap();
+        let state = g.kv_state(name, Dim::symbol("C"), 2, 6).unwrap();
         let state = g.kv_append(rows, state, Dim::symbol("P")).unwrap();
-        let rows = g.slice(state, 0, 0, keys.clone()).unwrap();
-        g.reshape(rows, &[keys.clone(), 2.into(), 6.into()]).unwrap()
+        g.kv_read(state, keys.clone()).unwrap()
     };
     let (k, v) = (cached(g, "ks", k), cached(g, "vs", v));
     g.attention(q, k, v, 0.4, SoftmaxMask::Causal { past: Dim::symbol("P") }, None).unwrap()
@@ -320,6 +319,100 @@ fn projections_rope_and_append_become_one_node() {
     let (applied, graph) = check(cached_attention, &[fuse_bias, fuse_attention, fuse_qkv]);
     assert_eq!(applied, 1);
     assert_eq!(names(&graph), ["rope_table", "norm_qkv_rope_append", "attention"]);
+}
+
+/// How far two runs over a cache of a format may lie apart where one of them rounds a key or value the other way: a
+/// step of the format, of one of several keys.
+const STEPS: [(KvFormat, f32); 4] =
+    [(KvFormat::F32, 2e-6), (KvFormat::F16, 1e-3), (KvFormat::Int8, 8e-3), (KvFormat::Int4, 7e-2)];
+
+fn cache_graph(format: KvFormat, passes: &[Pass]) -> Graph {
+    let mut g = GraphBuilder::new(&Invented).with_kv_format(format);
+    let y = cached_attention(&mut g);
+    g.output("y", y);
+    let mut graph = g.finish();
+    for pass in passes {
+        pass(&mut graph).unwrap();
+        graph.prune_and_sort();
+    }
+    mark_load_time(&mut graph).unwrap();
+    graph
+}
+
+const FUSED: &[Pass] = &[fuse_bias, fuse_attention, fuse_qkv];
+
+/// Runs the steps `lengths` one after the other, with room for `capacity` tokens at first and more when needed, and
+/// gives the results of all tokens.
+fn in_steps(graph: &Graph, lengths: &[usize], capacity: usize) -> Vec<f32> {
+    let program = CpuBackend::new(Arc::new(Cpu::new(1).unwrap())).compile(graph, Arc::new(Invented)).unwrap();
+    let x = noise("x", 10 * lengths.iter().sum::<usize>());
+    let mut state = program.new_state(&Bindings::new().with("C", capacity)).unwrap();
+    let (mut past, mut results) = (0, Vec::new());
+    for &t in lengths {
+        let positions: Vec<i32> = (0..3 * t).map(|i| (past + i % t) as i32).collect();
+        if past + t > state.bindings.get("C").unwrap() {
+            program.resize_state(&mut state, &Bindings::new().with("C", past + t)).unwrap();
+        }
+        let capacity = state.bindings.get("C").unwrap();
+        let inputs = Inputs::new().f32("x", &x[10 * past..10 * (past + t)]).i32("positions", &positions);
+        let bindings = Bindings::new().with("T", t).with("P", past).with("C", capacity);
+        results.extend(program.run(&mut state, &inputs, &bindings).unwrap().take("y").unwrap().values);
+        past += t;
+    }
+    results
+}
+
+fn apart(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let scale = b.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs() / scale).fold(0.0, f32::max)
+}
+
+#[test]
+fn caches_of_every_format_are_fused_and_compute_the_same() {
+    for (format, step) in STEPS {
+        let (fused, plain) = (cache_graph(format, FUSED), cache_graph(format, &[]));
+        assert_eq!(names(&fused), ["rope_table", "norm_qkv_rope_append", "attention"], "{format}");
+        let (a, b) = (in_steps(&fused, &[5, 1, 3], 16), in_steps(&plain, &[5, 1, 3], 16));
+        assert!(apart(&a, &b) <= step, "{format}: {}", apart(&a, &b));
+    }
+}
+
+#[test]
+fn step_by_step_equals_one_step_in_every_format() {
+    for (format, step) in STEPS {
+        let graph = cache_graph(format, FUSED);
+        let whole = in_steps(&graph, &[12], 12);
+        for lengths in [&[1; 12][..], &[5, 1, 6], &[11, 1]] {
+            // From the smallest capacity, so that the cache grows with what it holds.
+            let steps = in_steps(&graph, lengths, 1);
+            assert!(apart(&steps, &whole) <= step, "{format} {lengths:?}: {}", apart(&steps, &whole));
+        }
+    }
+}
+
+#[test]
+fn formats_differ_from_f32_by_their_steps_only() {
+    let exact = in_steps(&cache_graph(KvFormat::F32, FUSED), &[7, 1, 1], 9);
+    let mut last = 0.0;
+    for (format, most) in [(KvFormat::F16, 1e-3), (KvFormat::Int8, 2e-2), (KvFormat::Int4, 2e-1)] {
+        let found = apart(&in_steps(&cache_graph(format, FUSED), &[7, 1, 1], 9), &exact);
+        assert!(found <= most && found > last, "{format}: {found}, after {last}");
+        last = found;
+    }
+}
+
+#[test]
+fn the_plan_counts_the_bytes_of_the_format() {
+    let cpu = Cpu::new(1).unwrap();
+    let bindings = Bindings::new().with("T", 1).with("P", 3).with("C", 16);
+    // Two states of 16 tokens with two heads of six.
+    for (format, head) in
+        [(KvFormat::F32, 24), (KvFormat::F16, 12), (KvFormat::Int8, 2 + 6), (KvFormat::Int4, 4 + 16)]
+    {
+        let memory = plan_memory(&cache_graph(format, FUSED), &bindings, &cpu).unwrap();
+        assert_eq!(memory.states, 2 * 16 * 2 * head, "{format}");
+    }
 }
 
 /// Attention of a vision block: one matrix for q, k and v; two segments.

@@ -12,6 +12,7 @@ mod conv;
 mod elementwise;
 mod gather;
 mod gemm;
+mod kv;
 mod linear;
 mod matmul;
 mod norm;
@@ -28,6 +29,7 @@ pub use elementwise::{
     unary_twin,
 };
 pub use gather::{gather_rows, gather_rows_twin, weighted_gather, weighted_gather_twin};
+pub use kv::{kv_store, kv_store_twin};
 pub use linear::{
     Epilogue, Part, linear, linear_rounded, linear_scratch_bytes, linear_twin, packed_scratch_bytes,
 };

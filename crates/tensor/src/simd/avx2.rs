@@ -79,6 +79,22 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8) -> (__m256, __m256) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let (bytes, mask) = (_mm_loadl_epi64(p.cast()), _mm_set1_epi8(15));
+            let low = _mm_and_si128(bytes, mask);
+            let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
+            let widen = |x| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x));
+            (widen(low), widen(high))
+        }
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: `self` proves the features.
         unsafe { _mm256_add_ps(a, b) }
@@ -148,6 +164,17 @@ impl Simd for Avx2 {
             let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
             _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    fn reduce_add_each(self, a: &[__m256]) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            // Sums of neighbours twice: each 128-bit half has four sums of its own four lanes.
+            let low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+            let high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+            let even = _mm256_permute2f128_ps::<0x20>(low, high);
+            _mm256_add_ps(even, _mm256_permute2f128_ps::<0x31>(low, high))
         }
     }
     #[inline(always)]

@@ -77,6 +77,22 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8) -> (__m512, __m512) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let (bytes, mask) = (_mm_loadu_si128(p.cast()), _mm_set1_epi8(15));
+            let low = _mm_and_si128(bytes, mask);
+            let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
+            let widen = |x| _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+            (widen(low), widen(high))
+        }
+    }
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_add_ps(a, b) }
@@ -135,6 +151,30 @@ impl Simd for Avx512 {
     fn reduce_add(self, a: __m512) -> f32 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_reduce_add_ps(a) }
+    }
+    #[inline(always)]
+    fn reduce_add_each(self, a: &[__m512]) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            // Each step adds halves of two vectors, so that both go on in one: first within quarters, then across.
+            let quarter = |a: __m512, b: __m512, c: __m512, d: __m512| {
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                // Lanes of each quarter: the sums of a's, b's, c's and d's lanes in it.
+                _mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)),
+                )
+            };
+            let half = |x: __m512, y: __m512| {
+                let even = _mm512_shuffle_f32x4::<0x88>(x, y);
+                _mm512_add_ps(even, _mm512_shuffle_f32x4::<0xdd>(x, y))
+            };
+            let (x, y) = (quarter(a[0], a[1], a[2], a[3]), quarter(a[4], a[5], a[6], a[7]));
+            let (z, w) = (quarter(a[8], a[9], a[10], a[11]), quarter(a[12], a[13], a[14], a[15]));
+            half(half(x, y), half(z, w))
+        }
     }
     #[inline(always)]
     fn reduce_max(self, a: __m512) -> f32 {

@@ -162,6 +162,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `WIDTH` readable values at `p`.
     unsafe fn load_f16(self, p: *const f16) -> Self::V;
+    /// Widens `WIDTH` values.
+    /// # Safety
+    /// `WIDTH` readable values at `p`.
+    unsafe fn load_i8(self, p: *const i8) -> Self::V;
+    /// The lower halves of `WIDTH` bytes, and their upper halves.
+    /// # Safety
+    /// `WIDTH` readable bytes at `p`.
+    unsafe fn load_nibbles(self, p: *const u8) -> (Self::V, Self::V);
 
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -187,6 +195,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn select_gt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// Sum of the lanes, as a tree.
     fn reduce_add(self, a: Self::V) -> f32;
+    /// Lane `i` is the sum of the lanes of `a[i]`, as a tree; `a` has `WIDTH` elements.
+    fn reduce_add_each(self, a: &[Self::V]) -> Self::V;
     /// Largest lane; unspecified if a lane is NaN.
     fn reduce_max(self, a: Self::V) -> f32;
 
@@ -241,7 +251,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
         let mut lanes = [0f32; 16];
         for i in 0..n.min(16) {
             // SAFETY: `i < n`.
-            lanes[i] = unsafe { *p.add(i) }.widen();
+            lanes[i] = unsafe { p.add(i).read_unaligned() }.widen();
         }
         // SAFETY: `WIDTH <= 16` floats.
         unsafe { s.load(lanes.as_ptr()) }
@@ -316,6 +326,18 @@ impl Element for bf16 {
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Element for i8 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const i8) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_i8(p) }
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
     }
 }
 

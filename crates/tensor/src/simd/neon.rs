@@ -90,6 +90,23 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> float32x4_t {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let bytes = vcreate_s8(u64::from(p.cast::<u32>().read_unaligned()));
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8) -> (float32x4_t, float32x4_t) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
+            let widen = |x| vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(x))));
+            (widen(vand_u8(bytes, vdup_n_u8(15))), widen(vshr_n_u8::<4>(bytes)))
+        }
+    }
+    #[inline(always)]
     fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
         // SAFETY: `self` proves the features.
         unsafe { vaddq_f32(a, b) }
@@ -156,6 +173,11 @@ impl Simd for Neon {
     fn reduce_add(self, a: float32x4_t) -> f32 {
         // SAFETY: `self` proves the features.
         unsafe { vaddvq_f32(a) }
+    }
+    #[inline(always)]
+    fn reduce_add_each(self, a: &[float32x4_t]) -> float32x4_t {
+        // SAFETY: `self` proves the features.
+        unsafe { vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])) }
     }
     #[inline(always)]
     fn reduce_max(self, a: float32x4_t) -> f32 {

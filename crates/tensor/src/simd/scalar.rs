@@ -53,6 +53,17 @@ impl Simd for Scalar {
         unsafe { p.read_unaligned() }.widen()
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> f32 {
+        // SAFETY: the caller's promise.
+        f32::from(unsafe { *p })
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8) -> (f32, f32) {
+        // SAFETY: the caller's promise.
+        let byte = unsafe { *p };
+        (f32::from(byte & 15), f32::from(byte >> 4))
+    }
+    #[inline(always)]
     fn add(self, a: f32, b: f32) -> f32 {
         a + b
     }
@@ -100,6 +111,10 @@ impl Simd for Scalar {
     #[inline(always)]
     fn reduce_add(self, a: f32) -> f32 {
         a
+    }
+    #[inline(always)]
+    fn reduce_add_each(self, a: &[f32]) -> f32 {
+        a[0]
     }
     #[inline(always)]
     fn reduce_max(self, a: f32) -> f32 {

@@ -3,14 +3,15 @@
 //! The query heads of one key head are rows of one matrix, so that packed keys and values serve all of them; row
 //! `r` of a segment is query `r / g`, head `r % g` of the group. For each block of keys and tile of rows:
 //! `S = Q K^T`; `m' = max(m, S)`; `P = exp(S - m')`; `l = l exp(m - m') + sum P`; `O = O exp(m - m') + P V`.
-//! Few rows and many keys (decoding) are cut along the keys as well, and the parts are joined afterwards. Where the
-//! cuts are depends on the shape only, so the result does not depend on the number of threads.
+//! Few rows and many keys are cut along the keys as well, and the parts are joined afterwards. Where the cuts are
+//! depends on the shape only, so the result does not depend on the number of threads.
 
 use super::{Attention, Mask};
+use crate::ops::kv::widen;
 use crate::ops::tile::{Ahead, Lines, PACKED, Tile, Tiles, panel_columns, tile_rows};
 use crate::ops::{GRAIN, SharedMut};
-use crate::simd::{Kernel, Simd, math};
-use crate::{Cpu, Result};
+use crate::simd::{Element, Kernel, Simd, math};
+use crate::{Cpu, KvFormat, KvRows, Result};
 
 /// Keys of one block.
 const BK: usize = 256;
@@ -20,18 +21,18 @@ const TILES: usize = 16;
 const FEW_TASKS: usize = 16;
 /// Fewest keys of a part, and most parts.
 const SPLIT: usize = 1024;
-const MAX_SPLITS: usize = 8;
+pub(super) const MAX_SPLITS: usize = 8;
 
 /// Some rows of one key head with a range of keys.
-struct Task {
-    head: usize,
+pub(super) struct Task {
+    pub(super) head: usize,
     /// First query of the segment, and rows of the segment that this task owns.
-    query: usize,
-    row: usize,
-    rows: usize,
-    keys: std::ops::Range<usize>,
+    pub(super) query: usize,
+    pub(super) row: usize,
+    pub(super) rows: usize,
+    pub(super) keys: std::ops::Range<usize>,
     /// Where the task's partial results go, in rows; not used without splits.
-    partial: usize,
+    pub(super) partial: usize,
 }
 
 /// The work, cut into tasks.
@@ -84,6 +85,8 @@ struct Sizes {
     q: usize,
     k: usize,
     v: usize,
+    /// Rows of keys on their way from another format.
+    wide: usize,
     scores: usize,
     out: usize,
     /// Components of a head, rounded up to whole panels.
@@ -100,6 +103,7 @@ impl Sizes {
             q: (rows * d).next_multiple_of(16),
             k: d * BK,
             v: BK * padded,
+            wide: 16 * padded,
             scores: mr * BK,
             out: rows * padded,
             padded,
@@ -111,6 +115,7 @@ impl Sizes {
         self.q
             + self.k
             + self.v
+            + self.wide
             + self.scores
             + self.out
             + (2 * TILES * tile_rows(width)).next_multiple_of(16)
@@ -139,14 +144,25 @@ pub(super) fn flash(cpu: &Cpu, a: &Attention<'_>, out: &mut [f32]) -> Result<()>
     };
     cpu.parallel_slots(plan.tasks.len(), &work);
     if plan.splits > 1 {
-        let share = (GRAIN / sizes.partial).max(1);
-        cpu.parallel(plan.rows.div_ceil(share), &|i| {
-            for row in i * share..((i + 1) * share).min(plan.rows) {
-                cpu.isa().run(Join { a, row, sizes, rows: plan.rows, splits: plan.splits, partials, out });
-            }
-        });
+        join(cpu, a, [sizes.padded, sizes.partial, plan.rows, plan.splits], partials, out);
     }
     Ok(())
+}
+
+/// Joins all rows; sizes as in [`Join`].
+pub(super) fn join(
+    cpu: &Cpu,
+    a: &Attention<'_>,
+    [padded, partial, rows, splits]: [usize; 4],
+    partials: SharedMut<f32>,
+    out: SharedMut<f32>,
+) {
+    let share = (GRAIN / (partial * splits)).max(1);
+    cpu.parallel(rows.div_ceil(share), &|i| {
+        for row in i * share..((i + 1) * share).min(rows) {
+            cpu.isa().run(Join { a, row, padded, partial, rows, splits, partials, out });
+        }
+    });
 }
 
 struct Run<'a> {
@@ -170,7 +186,8 @@ impl Kernel for Run<'_> {
         let q = self.buffers;
         let k = q.wrapping_add(sizes.q);
         let v = k.wrapping_add(sizes.k);
-        let scores = v.wrapping_add(sizes.v);
+        let wide = v.wrapping_add(sizes.v);
+        let scores = wide.wrapping_add(sizes.wide);
         let sums = scores.wrapping_add(sizes.scores);
         let stats = sums.wrapping_add(sizes.out);
         let tiles = Tiles::new(task.rows, S::WIDTH);
@@ -204,8 +221,8 @@ impl Kernel for Run<'_> {
             let last = if task.rows == 0 { 0 } else { end_of(task.rows - 1) };
             while key < last {
                 let count = BK.min(task.keys.end - key);
-                pack_keys(s, a.k.as_ptr().add(key * a.k_stride + task.head * d), a.k_stride, count, d, k);
-                pack_values(s, a.v.as_ptr().add(key * a.v_stride + task.head * d), a.v_stride, count, d, v);
+                pack_keys(s, Heads::new(&a.k, key, task.head, d), count, d, k, wide);
+                pack_values(s, Heads::new(&a.v, key, task.head, d), count, d, v);
                 let soon = soon(key + count);
                 for t in 0..tiles.count {
                     let (start, end) = (tiles.start(t), tiles.start(t + 1));
@@ -274,14 +291,14 @@ struct Soon {
 impl Soon {
     #[inline(always)]
     fn new(a: &Attention<'_>, task: &Task, key: usize) -> Soon {
-        let lines = a.d / 16;
-        let rows = if lines.is_power_of_two() { BK.min(task.keys.end.saturating_sub(key)) } else { 0 };
-        let shift = lines.max(1).trailing_zeros();
-        let at = |x: &[f32], stride: usize| {
-            let base = x.as_ptr().wrapping_add(key * stride + task.head * a.d).cast();
-            Lines { base, stride: stride * 4, shift }
+        let bytes = a.k.format.head_bytes(a.d).unwrap_or(0).max(a.v.format.head_bytes(a.d).unwrap_or(0));
+        let rows = BK.min(task.keys.end.saturating_sub(key));
+        let shift = bytes.div_ceil(64).next_power_of_two().trailing_zeros();
+        let at = |x: &KvRows<'_>| {
+            let Heads { base, stride, .. } = Heads::new(x, key, task.head, a.d);
+            Lines { base, stride, shift }
         };
-        Soon { keys: at(a.k, a.k_stride), values: at(a.v, a.v_stride), rows }
+        Soon { keys: at(&a.k), values: at(&a.v), rows }
     }
 
     /// The share of call `call` of `calls` of one of both. Keys are asked for while scores are computed and values while
@@ -312,7 +329,7 @@ impl Soon {
 /// # Safety
 /// `d` floats at both.
 #[inline(always)]
-unsafe fn divide<S: Simd>(s: S, row: *const f32, sum: f32, d: usize, to: *mut f32) {
+pub(super) unsafe fn divide<S: Simd>(s: S, row: *const f32, sum: f32, d: usize, to: *mut f32) {
     for j in (0..d).step_by(S::WIDTH) {
         let n = (d - j).min(S::WIDTH);
         // SAFETY: `n` floats from `j`.
@@ -367,29 +384,62 @@ unsafe fn soften<S: Simd>(s: S, row: *mut f32, own: usize, seen: usize, state: *
     }
 }
 
+/// One head of some rows of keys or values.
+#[derive(Clone, Copy)]
+pub(super) struct Heads {
+    pub(super) base: *const u8,
+    /// Bytes from one row to the next.
+    pub(super) stride: usize,
+    pub(super) format: KvFormat,
+}
+
+impl Heads {
+    /// Head `head` of the rows from `first` on.
+    #[inline(always)]
+    pub(super) fn new(x: &KvRows<'_>, first: usize, head: usize, d: usize) -> Heads {
+        let at = first * x.stride + head * x.format.head_bytes(d).unwrap_or(0);
+        Heads { base: x.bytes.as_ptr().wrapping_add(at), stride: x.stride, format: x.format }
+    }
+
+    #[inline(always)]
+    pub(super) fn row(&self, i: usize) -> *const u8 {
+        self.base.wrapping_add(i * self.stride)
+    }
+
+    /// Asks for the head a few rows after row `i` into the first-level cache.
+    #[inline(always)]
+    pub(super) fn prefetch_near<S: Simd>(&self, s: S, i: usize, d: usize) {
+        const AHEAD: usize = 6;
+        for byte in (0..self.format.head_bytes(d).unwrap_or(0)).step_by(64) {
+            s.prefetch_near(self.row(i + AHEAD).wrapping_add(byte));
+        }
+    }
+}
+
 /// Panels of `NR` keys: `dst[panel][p][c] = key[panel * NR + c][p]`, zero past `count`.
 ///
 /// # Safety
-/// `count` rows of `d` floats at `src`, `d * BK` floats at `dst`.
+/// `count` rows of heads of `d` components at `src`, aligned for their elements; `d * BK` floats at `dst`, and 16 rows
+/// of `d` floats, rounded up to vectors, at `wide`.
 #[inline(always)]
-unsafe fn pack_keys<S: Simd>(s: S, src: *const f32, stride: usize, count: usize, d: usize, dst: *mut f32) {
+unsafe fn pack_keys<S: Simd>(s: S, src: Heads, count: usize, d: usize, dst: *mut f32, wide: *mut f32) {
     let nr = panel_columns(S::WIDTH);
     for first in (0..count).step_by(S::WIDTH) {
+        let rows = (count - first).min(S::WIDTH);
+        let from = src.row(first);
         // SAFETY: rows below `count`, and a column group of a panel.
         unsafe {
             let dst = dst.add(first / nr * nr * d + first % nr);
-            let src = src.add(first * stride);
-            let rows = (count - first).min(S::WIDTH);
-            let mut p = 0;
-            if rows == S::WIDTH {
-                while p + S::WIDTH <= d {
-                    s.transpose(src.add(p), stride, dst.add(p * nr), nr);
-                    p += S::WIDTH;
-                }
-            }
-            for p in p..d {
-                for c in 0..S::WIDTH {
-                    *dst.add(p * nr + c) = if c < rows { *src.add(c * stride + p) } else { 0.0 };
+            match src.format {
+                KvFormat::F32 => pack_group(s, from.cast::<f32>(), src.stride / 4, rows, d, dst),
+                KvFormat::F16 => pack_group(s, from.cast::<half::f16>(), src.stride / 2, rows, d, dst),
+                format => {
+                    let stride = d.next_multiple_of(S::WIDTH);
+                    for r in 0..rows {
+                        let to = wide.add(r * stride);
+                        widen(s, format, src.row(first + r), d, |c, v| s.store(to.add(c), v));
+                    }
+                    pack_group(s, wide.cast_const(), stride, rows, d, dst);
                 }
             }
         }
@@ -403,58 +453,99 @@ unsafe fn pack_keys<S: Simd>(s: S, src: *const f32, stride: usize, count: usize,
     }
 }
 
-/// Panels of `NR` components: `dst[panel][j][c] = value[j][panel * NR + c]`, zero past `d`.
+/// A vector's width of keys: `dst[p][c] = src[c][p]`, zero for `c >= rows`.
 ///
 /// # Safety
-/// `count` rows of `d` floats at `src`, `BK * d` rounded up to panels at `dst`.
+/// `rows` rows of `d` elements at `src`, and `d` rows of `NR` floats at `dst`.
 #[inline(always)]
-unsafe fn pack_values<S: Simd>(s: S, src: *const f32, stride: usize, count: usize, d: usize, dst: *mut f32) {
+unsafe fn pack_group<S: Simd, E: Element>(
+    s: S,
+    src: *const E,
+    stride: usize,
+    rows: usize,
+    d: usize,
+    dst: *mut f32,
+) {
+    let nr = panel_columns(S::WIDTH);
+    let mut p = 0;
+    // SAFETY: the caller's promise.
+    unsafe {
+        if rows == S::WIDTH {
+            while p + S::WIDTH <= d {
+                s.transpose(src.add(p), stride, dst.add(p * nr), nr);
+                p += S::WIDTH;
+            }
+        }
+        for p in p..d {
+            for c in 0..S::WIDTH {
+                *dst.add(p * nr + c) = if c < rows { (*src.add(c * stride + p)).widen() } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// Panels of `NR` components: `dst[panel][j][c] = value[j][panel * NR + c]`; what is past `d` is arbitrary.
+///
+/// # Safety
+/// `count` rows of heads of `d` components at `src`, `count * d` floats rounded up to panels at `dst`.
+#[inline(always)]
+pub(super) unsafe fn pack_values<S: Simd>(s: S, src: Heads, count: usize, d: usize, dst: *mut f32) {
     let nr = panel_columns(S::WIDTH);
     for j in 0..count {
-        for c in (0..d.next_multiple_of(nr)).step_by(S::WIDTH) {
-            // SAFETY: no more than `d` components are read; the row of a panel is written.
-            unsafe {
-                let row = src.add(j * stride).wrapping_add(c);
-                let v = if c + S::WIDTH <= d { s.load(row) } else { s.load_n(row, d.saturating_sub(c)) };
-                s.store(dst.add((c / nr * count + j) * nr + c % nr), v);
+        src.prefetch_near(s, j, d);
+        // SAFETY: a row of heads; the row of a panel is written.
+        unsafe {
+            widen(s, src.format, src.row(j), d, |c, v| {
+                s.store(dst.add((c / nr * count + j) * nr + c % nr), v)
+            });
+            for c in (d.next_multiple_of(S::WIDTH)..d.next_multiple_of(nr)).step_by(S::WIDTH) {
+                s.store(dst.add((c / nr * count + j) * nr + c % nr), s.splat(0.0));
             }
         }
     }
 }
 
 /// Joins the partial results of one row.
-struct Join<'a> {
-    a: &'a Attention<'a>,
-    row: usize,
-    sizes: Sizes,
-    rows: usize,
-    splits: usize,
-    partials: SharedMut<f32>,
-    out: SharedMut<f32>,
+pub(super) struct Join<'a> {
+    pub(super) a: &'a Attention<'a>,
+    pub(super) row: usize,
+    /// Components of a partial result; its maximum and sum follow.
+    pub(super) padded: usize,
+    /// Floats of a partial result.
+    pub(super) partial: usize,
+    /// Rows of one part, and parts.
+    pub(super) rows: usize,
+    pub(super) splits: usize,
+    pub(super) partials: SharedMut<f32>,
+    pub(super) out: SharedMut<f32>,
 }
 
 impl Kernel for Join<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Join { a, sizes, .. } = self;
-        let (group, d, padded) = (a.h / a.kvh, a.d, sizes.padded);
+        let Join { a, padded, .. } = self;
+        let (group, d) = (a.h / a.kvh, a.d);
         let (head, row) = (self.row / (a.t * group), self.row % (a.t * group));
         let (query, head) = (row / group, head * group + row % group);
-        let part = |i: usize| self.partials.at((i * self.rows + self.row) * sizes.partial);
+        let part = |i: usize| self.partials.at((i * self.rows + self.row) * self.partial);
         // SAFETY: partial results of this row were written by the first region; the output row belongs to this task.
         unsafe {
             let max = (0..self.splits).fold(f32::NEG_INFINITY, |m, i| m.max(*part(i).add(padded)));
             // A part that saw nothing has minus infinity here, and weighs nothing.
-            let weight =
-                |i: usize| if max == f32::NEG_INFINITY { 1.0 } else { (*part(i).add(padded) - max).exp() };
-            let sum: f32 = (0..self.splits).map(|i| weight(i) * *part(i).add(padded + 1)).sum();
+            let (mut weights, mut sum) = ([1f32; MAX_SPLITS], 0.0);
+            for i in 0..self.splits {
+                if max != f32::NEG_INFINITY {
+                    weights[i] = s.reduce_max(math::exp(s, s.splat(*part(i).add(padded) - max)));
+                }
+                sum += weights[i] * *part(i).add(padded + 1);
+            }
             let to = self.out.at(query * a.out_stride + head * d);
             for j in (0..d).step_by(S::WIDTH) {
                 let n = (d - j).min(S::WIDTH);
                 let mut total = s.splat(0.0);
                 for i in 0..self.splits {
-                    total = s.fma(s.load_n(part(i).add(j), n), s.splat(weight(i)), total);
+                    total = s.fma(s.load_n(part(i).add(j), n), s.splat(weights[i]), total);
                 }
                 s.store_n(to.add(j), n, s.div(total, s.splat(sum)));
             }

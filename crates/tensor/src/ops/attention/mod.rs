@@ -1,13 +1,14 @@
 //! `out[i, a, :] = sum_j softmax_j(scale * q[i, a, :] . k[j, a / g, :]) v[j, a / g, :]` over the `j` that `i` sees;
 //! `q: [t, h, d]`, `k, v: [s, kvh, d]`, `out: [t, h, d]`, `g = h / kvh` query heads per key head.
 //!
-//! Rows of all four are `*_stride` floats apart, so that they can be parts of a merged projection or of a cache.
-//! A row that sees nothing gives zeros.
+//! Rows of `q` and `out` are `*_stride` floats apart, so that they can be parts of a merged projection; `k` and `v` are
+//! [`KvRows`], parts of a projection or rows of a cache in any [`KvFormat`]. A row that sees nothing gives zeros.
 
+mod few;
 mod flash;
 
 use super::{count, expect_strided};
-use crate::{Cpu, Error, Result};
+use crate::{Cpu, Error, KvFormat, KvRows, Result};
 
 const OP: &str = "attention";
 
@@ -35,13 +36,9 @@ pub struct Attention<'a> {
     /// Floats from one query row to the next.
     pub q_stride: usize,
     /// Keys `[s, kvh, d]`.
-    pub k: &'a [f32],
-    /// Floats from one key row to the next.
-    pub k_stride: usize,
+    pub k: KvRows<'a>,
     /// Values `[s, kvh, d]`.
-    pub v: &'a [f32],
-    /// Floats from one value row to the next.
-    pub v_stride: usize,
+    pub v: KvRows<'a>,
     /// Query rows.
     pub t: usize,
     /// Key and value rows.
@@ -70,13 +67,26 @@ fn check_heads(a: &Attention<'_>) -> Result<()> {
 
 fn check(a: &Attention<'_>, out: &[f32]) -> Result<()> {
     check_heads(a)?;
-    let (q_width, k_width) = (count(OP, "q", &[a.h, a.d])?, count(OP, "k", &[a.kvh, a.d])?);
+    let q_width = count(OP, "q", &[a.h, a.d])?;
     if u32::try_from(a.t).is_err() {
         return Err(Error::Value { op: OP, what: format!("{} queries, the most is {}", a.t, u32::MAX) });
     }
     expect_strided(OP, "q", a.t, q_width, a.q_stride, a.q.len())?;
-    expect_strided(OP, "k", a.s, k_width, a.k_stride, a.k.len())?;
-    expect_strided(OP, "v", a.s, k_width, a.v_stride, a.v.len())?;
+    for (operand, x) in [("k", &a.k), ("v", &a.v)] {
+        let wide = || Error::Value { op: OP, what: format!("{} heads of {} components", a.kvh, a.d) };
+        let width = x.format.head_bytes(a.d).ok_or_else(wide)?;
+        expect_strided(OP, operand, a.s, count(OP, operand, &[a.kvh, width])?, x.stride, x.bytes.len())?;
+        // Some kernels read elements through typed pointers.
+        let size = match x.format {
+            KvFormat::F32 => 4,
+            KvFormat::F16 => 2,
+            KvFormat::Int8 | KvFormat::Int4 => 1,
+        };
+        if !(x.bytes.as_ptr() as usize).is_multiple_of(size) || !x.stride.is_multiple_of(size) {
+            let what = format!("{operand} in {} with rows of {} bytes is not aligned", x.format, x.stride);
+            return Err(Error::Value { op: OP, what });
+        }
+    }
     expect_strided(OP, "out", a.t, q_width, a.out_stride, out.len())?;
     match a.mask {
         Mask::Causal { past } if past.checked_add(a.t).is_none_or(|end| end > a.s) => {
@@ -109,7 +119,7 @@ fn check(a: &Attention<'_>, out: &[f32]) -> Result<()> {
 /// scratch.
 pub fn attention(cpu: &Cpu, args: &Attention<'_>, out: &mut [f32]) -> Result<()> {
     check(args, out)?;
-    flash::flash(cpu, args, out)
+    if few::suits(args) { few::few(cpu, args, out) } else { flash::flash(cpu, args, out) }
 }
 
 /// Scratch memory, in bytes, that [`attention`] takes from the context for operands of these sizes.
@@ -118,13 +128,23 @@ pub fn attention(cpu: &Cpu, args: &Attention<'_>, out: &mut [f32]) -> Result<()>
 /// [`Error::Value`] where heads do not make groups.
 pub fn attention_scratch_bytes(cpu: &Cpu, args: &Attention<'_>) -> Result<usize> {
     check_heads(args)?;
-    Ok(4 * flash::scratch_floats(cpu, args))
+    let floats =
+        if few::suits(args) { few::scratch_floats(cpu, args) } else { flash::scratch_floats(cpu, args) };
+    Ok(4 * floats)
 }
 
 /// The scalar twin of [`attention`], in f64.
 pub fn attention_twin(a: &Attention<'_>, out: &mut [f32]) -> Result<()> {
     check(a, out)?;
     let group = a.h / a.kvh;
+    let widened = |x: &KvRows<'_>| {
+        let mut values = vec![0f32; a.s * a.kvh * a.d];
+        for (i, out) in values.chunks_exact_mut(a.d).enumerate() {
+            x.head(i / a.kvh, i % a.kvh, out);
+        }
+        values
+    };
+    let (keys, values) = (widened(&a.k), widened(&a.v));
     for i in 0..a.t {
         let seen = match a.mask {
             Mask::Causal { past } => 0..past + i + 1,
@@ -138,7 +158,7 @@ pub fn attention_twin(a: &Attention<'_>, out: &mut [f32]) -> Result<()> {
         for head in 0..a.h {
             let q = &a.q[i * a.q_stride + head * a.d..][..a.d];
             let score = |j: usize| -> f64 {
-                let k = &a.k[j * a.k_stride + head / group * a.d..][..a.d];
+                let k = &keys[(j * a.kvh + head / group) * a.d..][..a.d];
                 f64::from(a.scale) * q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>()
             };
             let scores: Vec<f64> = seen.clone().map(score).collect();
@@ -148,7 +168,7 @@ pub fn attention_twin(a: &Attention<'_>, out: &mut [f32]) -> Result<()> {
                 let weighted: f64 = scores
                     .iter()
                     .zip(seen.clone())
-                    .map(|(&v, j)| (v - max).exp() * f64::from(a.v[j * a.v_stride + head / group * a.d + e]))
+                    .map(|(&v, j)| (v - max).exp() * f64::from(values[(j * a.kvh + head / group) * a.d + e]))
                     .sum();
                 let value = if scores.is_empty() { 0.0 } else { weighted / sum };
                 out[i * a.out_stride + head * a.d + e] = value as f32;

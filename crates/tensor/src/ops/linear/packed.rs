@@ -725,6 +725,7 @@ impl Fold {
 }
 
 /// Where sixteen columns come from.
+#[allow(clippy::large_enum_variant, reason = "a few of them live on the stack, and none is moved in a loop")]
 enum Source<'a> {
     /// Rows of no part.
     Nothing,

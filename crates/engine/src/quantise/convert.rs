@@ -1,0 +1,436 @@
+//! Reading a model tensor by tensor and writing it in the formats of a policy.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use pocketglm_checkpoint::{GgufExport, PglmContents, PglmWriter, export_gguf};
+use pocketglm_graph::passes::NormedLinears;
+use pocketglm_quant::awq::{AwqLinear, AwqOptions, Moments, awq};
+use pocketglm_quant::gptq::{Feedback, GptqOptions};
+use pocketglm_quant::{RowOptions, dequantise_row, quantise_row};
+use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
+
+use super::plan::{Planned, QuantPlan, TensorPlan, plan};
+use super::policy::{Method, Policy};
+use super::table::CalibrationTable;
+use crate::model::Model;
+use crate::{Cancel, EngineOptions, Error, Progress, ProgressFn, Result};
+
+/// Appends what a row of values becomes.
+type Make<'a, T> = dyn Fn(&[f32], &mut Vec<T>) -> pocketglm_quant::Result<()> + Sync + 'a;
+
+/// Values that are quantised before they are written: what keeps the memory small.
+const BATCH_VALUES: usize = 4 << 20;
+/// Bytes that are copied at once.
+const BATCH_BYTES: usize = 8 << 20;
+/// Rows of each matrix that the choice of AWQ's scales looks at.
+const AWQ_ROWS: usize = 256;
+
+/// How a model is quantised.
+#[derive(Clone)]
+pub struct QuantiseOptions {
+    /// What becomes of which tensor.
+    pub policy: Policy,
+    /// What [`calibrate`](super::calibrate) wrote for this model.
+    pub calibration: Option<PathBuf>,
+    /// Whether a quantised tensor may be quantised again.
+    pub force_requantise: bool,
+    /// Whether a file that stands under the target's name is replaced.
+    pub overwrite: bool,
+    /// Threads; 0 takes as many as the system offers.
+    pub threads: usize,
+    /// Hears of bytes read, as the step "quantise".
+    pub progress: Option<ProgressFn>,
+    /// Stops the work from another thread.
+    pub cancel: Cancel,
+}
+
+impl QuantiseOptions {
+    /// The options for a policy, with nothing forced.
+    pub fn new(policy: Policy) -> QuantiseOptions {
+        QuantiseOptions {
+            policy,
+            calibration: None,
+            force_requantise: false,
+            overwrite: false,
+            threads: 0,
+            progress: None,
+            cancel: Cancel::default(),
+        }
+    }
+}
+
+/// A model about to be quantised. As a [`WeightSource`] it gives the tensors of the result.
+pub struct Quantiser {
+    model: Model,
+    path: PathBuf,
+    cpu: Cpu,
+    options: QuantiseOptions,
+    table: Option<CalibrationTable>,
+    plan: QuantPlan,
+    by_name: HashMap<String, usize>,
+    folds: Vec<Fold>,
+    /// The prepared second moments of the input that was needed last, by its name.
+    feedback: Mutex<Option<(String, Arc<Feedback>)>>,
+}
+
+/// A norm and the linear layers that exchange scales with it.
+struct Fold {
+    linears: NormedLinears,
+    scales: OnceLock<Arc<Vec<f32>>>,
+}
+
+impl Quantiser {
+    /// Opens a model (a checkpoint folder, a GGUF or a `.pglm` file) and plans what becomes of it.
+    ///
+    /// # Errors
+    /// As [`Engine::open`](crate::Engine::open); [`Error::Policy`], [`Error::AlreadyQuantised`],
+    /// [`Error::NoCalibration`] and [`Error::Calibration`].
+    pub fn open(path: impl AsRef<Path>, options: QuantiseOptions) -> Result<Quantiser> {
+        let path = path.as_ref();
+        let model =
+            Model::open(path, &EngineOptions { threads: options.threads, ..EngineOptions::default() })?;
+        let table = options.calibration.as_ref().map(CalibrationTable::open).transpose()?;
+        if let Some(table) = &table {
+            table.check(&model)?;
+        }
+        let Planned { plan, folds } =
+            plan(&model, &options.policy, table.as_ref(), options.force_requantise)?;
+        let by_name = plan.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        let folds = folds.into_iter().map(|linears| Fold { linears, scales: OnceLock::new() }).collect();
+        let cpu = Cpu::new(options.threads)?;
+        let (path, feedback) = (path.to_owned(), Mutex::new(None));
+        Ok(Quantiser { model, path, cpu, options, table, plan, by_name, folds, feedback })
+    }
+
+    /// What becomes of each tensor.
+    pub fn plan(&self) -> &QuantPlan {
+        &self.plan
+    }
+
+    /// Writes the quantised model, with everything that belongs to it, as one `.pglm` file.
+    ///
+    /// Until it is complete it has another name (see [`PglmWriter`]), so that nothing but a whole model ever stands
+    /// under `out`.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], [`Error::Quantise`] for values that a format cannot hold, [`Error::Cancelled`], and those of
+    /// [`PglmWriter`].
+    pub fn write_pglm(&self, out: impl AsRef<Path>) -> Result<()> {
+        let out = out.as_ref();
+        let checkpoint = self.model.weights.source();
+        let policy = self.options.policy.to_json();
+        let calibration = self.table.as_ref().map(|t| {
+            serde_json::json!({ "table": t.path().file_name().map(|n| n.to_string_lossy()), "samples": t.samples() })
+                .to_string()
+        });
+        let files = checkpoint.side_files()?;
+        let contents = PglmContents {
+            tensors: self.tensors(),
+            files: files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect(),
+            policy: Some(&policy),
+            calibration: calibration.as_deref(),
+            extra: BTreeMap::new(),
+        };
+        // The writer refuses to replace its input, which is the better message where that stands under the name.
+        let mut writer = PglmWriter::create(out, &contents, &checkpoint.files())?;
+        drop(contents);
+        self.refuse_existing(out)?;
+        let mut done = 0;
+        self.report(0);
+        for (i, tensor) in self.plan.tensors.iter().enumerate() {
+            self.pieces(i, &mut |bytes, read| {
+                writer.write(&tensor.name, bytes)?;
+                done += read;
+                self.report(done);
+                Ok(())
+            })?;
+        }
+        Ok(writer.finish()?)
+    }
+
+    /// Writes the quantised model as GGUF: a text file and, for a model with a vision encoder, its vision file.
+    ///
+    /// # Errors
+    /// As [`Quantiser::write_pglm`], and where a format is none of GGUF's.
+    pub fn write_gguf(&self, text: impl AsRef<Path>, vision: Option<&Path>) -> Result<()> {
+        let checkpoint = self.model.weights.source();
+        let text = text.as_ref();
+        self.refuse_existing(text)?;
+        vision.map(|v| self.refuse_existing(v)).transpose()?;
+        let config = checkpoint.required_json("config.json")?;
+        let lacking = || pocketglm_checkpoint::Error::NoFile {
+            wanted: "tokenizer.json".into(),
+            folder: self.path.clone(),
+        };
+        let tokenizer = checkpoint.bytes("tokenizer.json")?.ok_or_else(lacking)?;
+        let template = crate::model::template_source(checkpoint)?;
+        let preprocessor = checkpoint.json("preprocessor_config.json")?;
+        let name = self.path.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let export = GgufExport {
+            source: self,
+            config: &config,
+            tokenizer: tokenizer.as_slice(),
+            chat_template: template.as_deref(),
+            preprocessor: preprocessor.as_ref(),
+            name: &name,
+            extra: Vec::new(),
+        };
+        let mut progress = |done: u64, total: u64| {
+            let part = done as f64 / total.max(1) as f64;
+            self.report((part * self.plan.bytes_before() as f64) as u64);
+        };
+        let files = checkpoint.files();
+        Ok(export_gguf(&export, text, vision.filter(|_| self.model.vision.is_some()), &files, &mut progress)?)
+    }
+
+    fn refuse_existing(&self, out: &Path) -> Result<()> {
+        if !self.options.overwrite && std::fs::symlink_metadata(out).is_ok() {
+            return Err(Error::Exists { path: out.to_owned() });
+        }
+        Ok(())
+    }
+
+    fn report(&self, done: u64) {
+        if let Some(progress) = &self.options.progress {
+            let total = self.plan.bytes_before() as usize;
+            progress(Progress { step: "quantise", done: done as usize, total });
+        }
+    }
+
+    /// The bytes of tensor `i` of the plan, in order; `sink` gets them with the number of bytes read for them.
+    fn pieces(&self, i: usize, sink: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
+        let Some(t) = self.plan.tensors.get(i) else { return Ok(()) };
+        let tensor = self.model.weights.tensor(&t.name)?;
+        let fold = self.folds.iter().find(|f| f.linears.norm == t.name);
+        if let Some(fold) = fold {
+            let scales = self.scales(fold)?;
+            let scaled = tensor.to_f32()?.iter().zip(scales.iter()).map(|(w, s)| w / s).collect::<Vec<f32>>();
+            let bytes: Vec<u8> = scaled.iter().flat_map(|v| v.to_le_bytes()).collect();
+            return sink(&bytes, t.bytes_before);
+        }
+        if t.from == t.to {
+            for piece in tensor.bytes().chunks(BATCH_BYTES) {
+                self.check_cancelled()?;
+                sink(piece, piece.len() as u64)?;
+            }
+            return Ok(());
+        }
+        let rows = Rows::new(self, t, &tensor)?;
+        for (batch, bytes) in tensor.bytes().chunks(rows.batch * rows.stored).enumerate() {
+            self.check_cancelled()?;
+            let read = bytes.len() as u64;
+            let mut made = rows.quantise(batch * rows.batch, bytes)?.into_iter().peekable();
+            while let Some(part) = made.next() {
+                sink(&part, if made.peek().is_none() { read } else { 0 })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_cancelled(&self) -> Result<()> {
+        if self.options.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// The scales that a norm and its linear layers exchange.
+    fn scales(&self, fold: &Fold) -> Result<Arc<Vec<f32>>> {
+        if let Some(scales) = fold.scales.get() {
+            return Ok(scales.clone());
+        }
+        let first = fold.linears.weights.first().map_or("", String::as_str);
+        let none = || Error::NoCalibration { method: Method::Awq.name(), tensor: first.to_owned() };
+        let table = self.table.as_ref().ok_or_else(none)?;
+        let mut samples = Vec::new();
+        let mut k = 0;
+        for name in &fold.linears.weights {
+            let tensor = self.model.weights.tensor(name)?;
+            k = tensor.shape().last().copied().unwrap_or(0);
+            let dtype = self
+                .by_name
+                .get(name)
+                .and_then(|&i| self.plan.tensors.get(i))
+                .map_or(tensor.dtype(), |t| t.to);
+            samples.push((dtype, sample_rows(&tensor, name)?));
+        }
+        let (mean_abs, squares) = (table.mean_abs(first, k)?, table.mean_squares(first, k)?);
+        let (mean_abs, squares) = mean_abs.zip(squares).ok_or_else(none)?;
+        let linears: Vec<AwqLinear<'_>> =
+            samples.iter().map(|(dtype, rows)| AwqLinear { weights: rows, dtype: *dtype }).collect();
+        let options = AwqOptions { rows: AWQ_ROWS, ..AwqOptions::default() };
+        let found = awq(&self.cpu, &linears, &mean_abs, Moments::Diagonal(&squares), &options)
+            .map_err(|source| Error::Statistics { tensor: first.to_owned(), source })?;
+        Ok(fold.scales.get_or_init(|| Arc::new(found.scales)).clone())
+    }
+
+    /// The prepared second moments of a weight's input.
+    fn feedback(&self, t: &TensorPlan, k: usize) -> Result<Arc<Feedback>> {
+        let none = || Error::NoCalibration { method: Method::Gptq.name(), tensor: t.name.clone() };
+        let table = self.table.as_ref().ok_or_else(none)?;
+        let input = table.input(&t.name).ok_or_else(none)?;
+        let mut kept = self.feedback.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((name, feedback)) = kept.as_ref()
+            && name == input
+        {
+            return Ok(feedback.clone());
+        }
+        // Two of them need not be in memory at once.
+        *kept = None;
+        let moments = table.second_moments(&t.name, k)?.ok_or_else(none)?;
+        let feedback = Feedback::new(&self.cpu, &moments.to_f32()?, k, &GptqOptions::default())
+            .map_err(|source| Error::Statistics { tensor: t.name.clone(), source })?;
+        let feedback = Arc::new(feedback);
+        *kept = Some((input.to_owned(), feedback.clone()));
+        Ok(feedback)
+    }
+}
+
+/// At most [`AWQ_ROWS`] rows, evenly spread.
+fn sample_rows(tensor: &Tensor, name: &str) -> Result<Vec<f32>> {
+    let k = tensor.shape().last().copied().unwrap_or(0);
+    let failed = |row| move |source| Error::Quantise { tensor: name.to_owned(), row, source };
+    let stored = tensor.dtype().row_bytes(k).unwrap_or(0).max(1);
+    let n = tensor.bytes().len() / stored;
+    let count = n.min(AWQ_ROWS);
+    let mut rows = vec![0.0; count * k];
+    for (i, out) in rows.chunks_exact_mut(k.max(1)).enumerate() {
+        let row = i * n / count.max(1);
+        let bytes = tensor.bytes().get(row * stored..(row + 1) * stored).unwrap_or_default();
+        dequantise_row(tensor.dtype(), bytes, out).map_err(failed(row))?;
+    }
+    Ok(rows)
+}
+
+/// The rows of one matrix on their way from one format to another.
+struct Rows<'a> {
+    cpu: &'a Cpu,
+    plan: &'a TensorPlan,
+    k: usize,
+    /// Bytes of a row as it is read.
+    stored: usize,
+    /// Rows that are made at once.
+    batch: usize,
+    /// What the columns are multiplied with.
+    scales: Option<Arc<Vec<f32>>>,
+    importance: Option<Vec<f32>>,
+    feedback: Option<Arc<Feedback>>,
+}
+
+impl<'a> Rows<'a> {
+    fn new(of: &'a Quantiser, plan: &'a TensorPlan, tensor: &Tensor) -> Result<Rows<'a>> {
+        let k = tensor.shape().last().copied().unwrap_or(1).max(1);
+        let stored = plan.from.row_bytes(k).unwrap_or(0).max(1);
+        let fold = of.folds.iter().find(|f| f.linears.weights.contains(&plan.name));
+        let scales = fold.map(|fold| of.scales(fold)).transpose()?;
+        let mut importance = match (plan.method, &of.table) {
+            (Some(Method::Search | Method::Awq), Some(table)) => table.mean_squares(&plan.name, k)?,
+            _ => None,
+        };
+        if let (Some(importance), Some(scales)) = (&mut importance, &scales) {
+            // The input that the scaled weights meet is divided by the scales.
+            importance.iter_mut().zip(scales.iter()).for_each(|(i, s)| *i /= s * s);
+        }
+        let feedback = match plan.method {
+            Some(Method::Gptq) => Some(of.feedback(plan, k)?),
+            _ => None,
+        };
+        let batch = (BATCH_VALUES / k).max(1);
+        Ok(Rows { cpu: &of.cpu, plan, k, stored, batch, scales, importance, feedback })
+    }
+
+    /// The new bytes of some rows, in parts; `first` is the first one's number.
+    fn quantise(&self, first: usize, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let Some(feedback) = &self.feedback else {
+            let method = match self.plan.method {
+                None | Some(Method::Round) => pocketglm_quant::Method::Round,
+                Some(_) => pocketglm_quant::Method::Search,
+            };
+            let options = RowOptions { method, importance: self.importance.as_deref() };
+            return self.each(first, bytes, &|values, out| quantise_row(self.plan.to, values, &options, out));
+        };
+        let values = self.each(first, bytes, &|values, out: &mut Vec<f32>| {
+            out.extend_from_slice(values);
+            Ok(())
+        })?;
+        let made = feedback.quantise(self.cpu, &values.concat(), self.plan.to).map_err(|source| {
+            let row = match &source {
+                pocketglm_quant::Error::NotFinite { index, .. }
+                | pocketglm_quant::Error::Range { index, .. } => first + index / self.k,
+                _ => first,
+            };
+            Error::Quantise { tensor: self.plan.name.clone(), row, source }
+        })?;
+        Ok(vec![made])
+    }
+
+    /// Calls `make` with the values of each row on all threads; what it appends comes back in the order of the rows.
+    fn each<T: Send>(&self, first: usize, bytes: &[u8], make: &Make<'_, T>) -> Result<Vec<Vec<T>>> {
+        let per_task = (bytes.len() / self.stored).div_ceil(self.cpu.threads() * 4).max(1);
+        type Share<'a, T> = (&'a [u8], Mutex<Vec<T>>);
+        let parts: Vec<Share<'_, T>> =
+            bytes.chunks(per_task * self.stored).map(|part| (part, Mutex::new(Vec::new()))).collect();
+        let failure: Mutex<Option<(usize, pocketglm_quant::Error)>> = Mutex::new(None);
+        self.cpu.parallel(parts.len(), &|task| {
+            let Some((part, out)) = parts.get(task) else { return };
+            let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut values = vec![0.0; self.k];
+            for (i, row) in part.chunks(self.stored).enumerate() {
+                let done = dequantise_row(self.plan.from, row, &mut values).and_then(|()| {
+                    if let Some(scales) = &self.scales {
+                        values.iter_mut().zip(scales.iter()).for_each(|(v, s)| *v *= s);
+                    }
+                    make(&values, &mut out)
+                });
+                if let Err(error) = done {
+                    let row = first + task * per_task + i;
+                    let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                    // The first row that fails, whichever thread was faster.
+                    if failure.as_ref().is_none_or(|(before, _)| row < *before) {
+                        *failure = Some((row, error));
+                    }
+                    return;
+                }
+            }
+        });
+        if let Some((row, source)) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(Error::Quantise { tensor: self.plan.name.clone(), row, source });
+        }
+        Ok(parts
+            .into_iter()
+            .map(|(_, out)| out.into_inner().unwrap_or_else(PoisonError::into_inner))
+            .collect())
+    }
+}
+
+impl WeightSource for Quantiser {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.plan.tensors.iter().map(info).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.by_name.get(name).and_then(|&i| self.plan.tensors.get(i)).map(info)
+    }
+
+    fn tensor(&self, name: &str) -> pocketglm_tensor::Result<Tensor> {
+        let missing = || pocketglm_tensor::Error::Missing {
+            name: name.to_owned(),
+            place: self.path.display().to_string(),
+        };
+        let (Some(&i), Some(info)) = (self.by_name.get(name), self.info(name)) else { return Err(missing()) };
+        let mut all = Vec::with_capacity(info.bytes());
+        self.pieces(i, &mut |bytes, _| {
+            all.extend_from_slice(bytes);
+            Ok(())
+        })
+        .map_err(|e| pocketglm_tensor::Error::Source {
+            name: name.to_owned(),
+            place: self.path.display().to_string(),
+            what: e.to_string(),
+        })?;
+        Tensor::new(info.dtype, &info.shape, all.into())
+    }
+}
+
+fn info(t: &TensorPlan) -> TensorInfo {
+    TensorInfo { name: t.name.clone(), dtype: t.to, shape: t.shape.clone() }
+}

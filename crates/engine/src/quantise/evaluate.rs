@@ -1,0 +1,249 @@
+//! Comparing models with the one that they were made of: perplexity, divergence, agreement, sizes.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use pocketglm_tensor::WeightSource;
+
+use super::Samples;
+use super::forward::Forward;
+use crate::{Cancel, Engine, EngineOptions, Error, Progress, Prompt, Result};
+
+/// Tokens of one step: the logits of two models for them are in memory at once.
+const STEP: usize = 64;
+
+/// How models are compared.
+#[derive(Clone)]
+pub struct EvalOptions {
+    /// How the models run. Its progress hears of samples, as the step "compare".
+    pub engine: EngineOptions,
+    /// Most tokens of a piece that text is cut into.
+    pub window: usize,
+    /// Stops the work from another thread.
+    pub cancel: Cancel,
+}
+
+impl Default for EvalOptions {
+    fn default() -> EvalOptions {
+        EvalOptions { engine: EngineOptions::default(), window: 512, cancel: Cancel::default() }
+    }
+}
+
+/// The model that others are compared with.
+#[derive(Clone, Debug)]
+pub struct Reference {
+    /// Its folder or file.
+    pub path: PathBuf,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    /// Stored bits of a value.
+    pub bits_per_weight: f64,
+    /// Perplexity on the samples.
+    pub perplexity: f64,
+}
+
+/// How a model compares with the reference.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// Its folder or file.
+    pub path: PathBuf,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    /// Stored bits of a value.
+    pub bits_per_weight: f64,
+    /// Tokens that were predicted by both: every one but the first of a prompt and those of pictures.
+    pub positions: u64,
+    /// Perplexity on the samples.
+    pub perplexity: f64,
+    /// Mean over the positions of the Kullback-Leibler divergence of its prediction from the reference's, in nats.
+    pub kl: f64,
+    /// The divergence that one position in a hundred exceeds.
+    pub kl_99: f64,
+    /// The largest divergence.
+    pub kl_max: f64,
+    /// Part of the positions where both find the same token most likely.
+    pub same_top: f64,
+}
+
+/// What is known of one position.
+#[derive(Clone, Copy, Default)]
+struct Position {
+    kl: f64,
+    /// The negative logarithms of the probabilities of the token that comes next.
+    surprise: f64,
+    reference_surprise: f64,
+    same: bool,
+}
+
+/// Compares each of `models` with `reference` on the same samples. Two models are in memory at a time.
+///
+/// # Errors
+/// As [`Engine::open`] and [`Engine::prompt`]; [`Error::Compare`] where the models' tokens differ, [`Error::Samples`],
+/// [`Error::Cancelled`].
+pub fn evaluate(
+    models: &[PathBuf],
+    reference: impl AsRef<Path>,
+    samples: &Samples,
+    options: &EvalOptions,
+) -> Result<(Reference, Vec<Evaluation>)> {
+    let path = reference.as_ref();
+    let engine = Engine::open(path, options.engine.clone())?;
+    let (bytes, bits_per_weight) = size(&engine);
+    let mut of = Reference { path: path.to_owned(), bytes, bits_per_weight, perplexity: f64::NAN };
+    let mut all = Vec::new();
+    for model in models {
+        let other = Engine::open(model, options.engine.clone())?;
+        let positions = compare((&of.path, &engine), (model, &other), samples, options)?;
+        let count = positions.len().max(1) as f64;
+        let mean = |f: fn(&Position) -> f64| positions.iter().map(f).sum::<f64>() / count;
+        of.perplexity = mean(|p| p.reference_surprise).exp();
+        let mut kl: Vec<f64> = positions.iter().map(|p| p.kl).collect();
+        kl.sort_by(f64::total_cmp);
+        let (bytes, bits_per_weight) = size(&other);
+        all.push(Evaluation {
+            path: model.clone(),
+            bytes,
+            bits_per_weight,
+            positions: positions.len() as u64,
+            perplexity: mean(|p| p.surprise).exp(),
+            kl: mean(|p| p.kl),
+            kl_99: kl.get(kl.len().saturating_sub(1) * 99 / 100).copied().unwrap_or(0.0),
+            kl_max: kl.last().copied().unwrap_or(0.0),
+            same_top: mean(|p| f64::from(u8::from(p.same))),
+        });
+    }
+    Ok((of, all))
+}
+
+/// Bytes of the tensors that a model uses, and bits of a value.
+fn size(engine: &Engine) -> (u64, f64) {
+    let tensors = engine.inner.model.weights.tensors();
+    let bytes: u64 = tensors.iter().map(|t| t.bytes() as u64).sum();
+    let values: u64 = tensors.iter().map(|t| t.elements() as u64).sum();
+    (bytes, bytes as f64 * 8.0 / values.max(1) as f64)
+}
+
+fn compare(
+    reference: (&Path, &Engine),
+    model: (&Path, &Engine),
+    samples: &Samples,
+    options: &EvalOptions,
+) -> Result<Vec<Position>> {
+    let different =
+        |what: String| Error::Compare { model: model.0.to_owned(), reference: reference.0.to_owned(), what };
+    let sizes = [reference, model].map(|(_, e)| e.inner.model.text.vocab_size);
+    if sizes[0] != sizes[1] {
+        return Err(different(format!("it has {} tokens, the other {}", sizes[1], sizes[0])));
+    }
+    let requests = [reference, model].map(|(_, e)| samples.requests(e, options.window));
+    let [theirs, ours] = requests;
+    let (theirs, ours) = (theirs?, ours?);
+    let mut positions = Vec::new();
+    for (i, (a, b)) in theirs.iter().zip(&ours).enumerate() {
+        if let Some(progress) = &options.engine.progress {
+            progress(Progress { step: "compare", done: i, total: theirs.len() });
+        }
+        let (a, b) = (reference.1.prompt(a)?, model.1.prompt(b)?);
+        if a.ids != b.ids {
+            return Err(different(format!("sample {} becomes other tokens", i + 1)));
+        }
+        let mut steps = (
+            Forward::new(reference.1, &*reference.1.inner.decoder, &a, STEP)?,
+            Forward::new(model.1, &*model.1.inner.decoder, &b, STEP)?,
+        );
+        while let (Some((range, mut wanted)), Some((_, mut found))) = (steps.0.next()?, steps.1.next()?) {
+            if options.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let (wanted, found) = (wanted.take("logits")?.values, found.take("logits")?.values);
+            positions.extend(predictions(reference.1, &a, range.start, &wanted, &found));
+        }
+    }
+    if let Some(progress) = &options.engine.progress {
+        progress(Progress { step: "compare", done: theirs.len(), total: theirs.len() });
+    }
+    if let Some(at) = positions.iter().position(|p| !(p.kl.is_finite() && p.surprise.is_finite())) {
+        return Err(different(format!("a prediction is not finite, at position {at}")));
+    }
+    if positions.is_empty() {
+        return Err(Error::Samples {
+            path: samples.path().to_owned(),
+            what: "no token to predict in it".into(),
+        });
+    }
+    Ok(positions)
+}
+
+/// The positions of one step whose next token is one of text; logits are `[tokens, vocabulary]` from `first` on.
+fn predictions(
+    engine: &Engine,
+    prompt: &Prompt,
+    first: usize,
+    wanted: &[f32],
+    found: &[f32],
+) -> Vec<Position> {
+    let vocabulary = engine.inner.model.text.vocab_size.max(1);
+    type Row<'a> = (u32, &'a [f32], &'a [f32], Mutex<Position>);
+    let rows: Vec<Row<'_>> = wanted
+        .chunks_exact(vocabulary)
+        .zip(found.chunks_exact(vocabulary))
+        .enumerate()
+        .filter_map(|(i, (wanted, found))| {
+            let next = first + i + 1;
+            let text = prompt.visual.get(next).is_some_and(Option::is_none);
+            text.then(|| Some((*prompt.ids.get(next)?, wanted, found, Mutex::default())))?
+        })
+        .collect();
+    engine.inner.backend.cpu().parallel(rows.len(), &|i| {
+        if let Some((next, wanted, found, out)) = rows.get(i) {
+            *out.lock().unwrap_or_else(PoisonError::into_inner) = position(*next, wanted, found);
+        }
+    });
+    rows.into_iter().map(|row| row.3.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+}
+
+fn position(next: u32, wanted: &[f32], found: &[f32]) -> Position {
+    let log_sum = |logits: &[f32]| {
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&l| f64::from(l - most).exp()).sum();
+        f64::from(most) + sum.ln()
+    };
+    let (a, b) = (log_sum(wanted), log_sum(found));
+    let mut kl = 0.0;
+    for (&w, &f) in wanted.iter().zip(found) {
+        let (p, q) = (f64::from(w) - a, f64::from(f) - b);
+        kl += p.exp() * (p - q);
+    }
+    let surprise =
+        |logits: &[f32], sum: f64| sum - logits.get(next as usize).map_or(f64::NAN, |&l| f64::from(l));
+    let top = |logits: &[f32]| {
+        let better = |best: (usize, f32), (i, &l): (usize, &f32)| if l > best.1 { (i, l) } else { best };
+        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
+    };
+    Position {
+        // Rounding may leave it a little below its least value.
+        kl: kl.max(0.0),
+        surprise: surprise(found, b),
+        reference_surprise: surprise(wanted, a),
+        same: top(wanted) == top(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_is_what_the_definitions_say() {
+        // Probabilities 1/2, 1/4, 1/4 and 1/4, 1/2, 1/4, with an offset that must not matter.
+        let ln = |p: [f64; 3], offset: f64| p.map(|p| (p.ln() + offset) as f32);
+        let (a, b) = (ln([0.5, 0.25, 0.25], 3.0), ln([0.25, 0.5, 0.25], -40.0));
+        let p = position(1, &a, &b);
+        assert!((p.kl - 0.25 * 2.0f64.ln()).abs() < 1e-5, "{}", p.kl);
+        assert!((p.surprise - 2.0f64.ln()).abs() < 1e-5);
+        assert!((p.reference_surprise - 4.0f64.ln()).abs() < 1e-5);
+        assert!(!p.same && position(1, &a, &a).same);
+        assert!(position(1, &a, &a).kl < 1e-12);
+        assert!(position(7, &a, &b).surprise.is_nan());
+    }
+}

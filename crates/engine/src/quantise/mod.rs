@@ -1,0 +1,23 @@
+//! From a checkpoint to a quantised one, and how much of it is lost on the way.
+//!
+//! Start at [`Quantiser::open`] with a [`Policy`]; [`calibrate`] gathers what the better methods need to know of a
+//! model's activations in a [`CalibrationTable`], and [`evaluate`] compares the result with the original.
+//!
+//! Invariant: nothing is quantised, twice or in another format than asked for, without the [`QuantPlan`] saying so.
+
+mod calibrate;
+mod convert;
+mod evaluate;
+mod forward;
+mod plan;
+mod policy;
+mod samples;
+mod table;
+
+pub use calibrate::{CalibrateOptions, Calibrated, calibrate};
+pub use convert::{QuantiseOptions, Quantiser};
+pub use evaluate::{EvalOptions, Evaluation, Reference, evaluate};
+pub use plan::{QuantPlan, TensorPlan};
+pub use policy::{BUILT_IN, Format, Method, Policy, Rule};
+pub use samples::{Sample, Samples};
+pub use table::CalibrationTable;

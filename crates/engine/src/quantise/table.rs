@@ -1,0 +1,275 @@
+//! The calibration table: what the inputs of a model's linear layers look like on a user's samples.
+//!
+//! A safetensors file. For each input, under the name of the first weight that it meets: `{name}.min`, `.max`,
+//! `.mean_abs`, `.mean_squares`, each `[k]`, and `.second_moments [k, k]` where they were asked for and fit. The string
+//! `pocketglm.calibration` under `__metadata__` is a JSON object with the version, the hashes of the model and of the
+//! samples, and for each input its weights, the rows seen, and its smallest and largest value.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use pocketglm_checkpoint::{ReadMode, SafetensorsFile, SafetensorsWriter};
+use pocketglm_quant::stats::ChannelStats;
+use pocketglm_tensor::{DType, Tensor, TensorInfo, WeightSource};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::model::Model;
+use crate::{Error, Result};
+
+const METADATA: &str = "pocketglm.calibration";
+const VERSION: u64 = 1;
+const MIN: &str = "min";
+const MAX: &str = "max";
+const MEAN_ABS: &str = "mean_abs";
+const MEAN_SQUARES: &str = "mean_squares";
+const SECOND_MOMENTS: &str = "second_moments";
+
+/// What is known of the inputs of a model's linear layers.
+#[derive(Debug)]
+pub struct CalibrationTable {
+    path: PathBuf,
+    file: SafetensorsFile,
+    model: String,
+    samples: String,
+    /// The input that a weight meets.
+    inputs: HashMap<String, String>,
+    /// Smallest and largest value of an input.
+    ranges: HashMap<String, (f32, f32)>,
+}
+
+/// The statistics of one input, as they are gathered.
+pub(super) struct InputStats {
+    /// The weights that it meets; the first one names it.
+    pub weights: Vec<String>,
+    pub stats: ChannelStats,
+}
+
+/// Digits of a hash.
+pub(super) fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A hash of what makes a model this one: its sizes, its tensors, and the values of its vectors (which no
+/// quantisation changes).
+pub(super) fn fingerprint(model: &Model) -> Result<String> {
+    let mut hash = Sha256::new();
+    let t = &model.text;
+    hash.update(format!(
+        "{} {} {} {} {} {} {} {} {} {} {} {:?} {}\n",
+        t.vocab_size,
+        t.hidden_size,
+        t.num_hidden_layers,
+        t.num_attention_heads,
+        t.num_key_value_heads,
+        t.head_dim,
+        t.intermediate_size,
+        t.rms_norm_eps,
+        t.attention_bias,
+        t.rope_theta,
+        t.rotary_dim,
+        t.mrope_section,
+        t.tie_word_embeddings
+    ));
+    let graph = crate::model::whole_graph(t, model.vision.as_ref().map(|v| &v.config))?;
+    for info in graph.weights() {
+        hash.update(format!("{} {:?}\n", info.name, info.shape));
+        if info.shape.len() == 1 {
+            for value in model.weights.tensor(&info.name)?.to_f32()?.iter() {
+                hash.update(value.to_le_bytes());
+            }
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+/// Writes a table.
+pub(super) fn write(
+    path: &Path,
+    model: &str,
+    samples: &str,
+    tokens: u64,
+    pictures: u64,
+    inputs: &[InputStats],
+) -> Result<()> {
+    let infos = |i: &InputStats| -> Vec<TensorInfo> {
+        let k = i.stats.channels();
+        let name = i.weights.first().map_or("", String::as_str);
+        let info =
+            |what: &str, shape| TensorInfo { name: format!("{name}.{what}"), dtype: DType::F32, shape };
+        let mut all: Vec<TensorInfo> =
+            [MIN, MAX, MEAN_ABS, MEAN_SQUARES].map(|what| info(what, vec![k])).into();
+        if i.stats.second_moments.is_some() {
+            all.push(info(SECOND_MOMENTS, vec![k, k]));
+        }
+        all
+    };
+    let range = |i: &InputStats| {
+        let least = i.stats.min.iter().copied().fold(f32::INFINITY, f32::min);
+        let most = i.stats.max.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        json!({ "weights": i.weights, "rows": i.stats.rows, "min": least, "max": most })
+    };
+    let metadata = json!({
+        "version": VERSION,
+        "model": model,
+        "samples": samples,
+        "tokens": tokens,
+        "pictures": pictures,
+        "inputs": inputs.iter().map(range).collect::<Vec<_>>(),
+    });
+    let declared: Vec<TensorInfo> = inputs.iter().flat_map(infos).collect();
+    let metadata = BTreeMap::from([(METADATA.to_owned(), metadata.to_string())]);
+    let mut writer = SafetensorsWriter::create(path, &declared, &metadata)?;
+    for i in inputs {
+        let name = i.weights.first().map_or("", String::as_str);
+        let mut put = |what: &str, values: &[f32]| -> Result<()> {
+            for part in values.chunks(1 << 16) {
+                let bytes: Vec<u8> = part.iter().flat_map(|v| v.to_le_bytes()).collect();
+                writer.write(&format!("{name}.{what}"), &bytes)?;
+            }
+            Ok(())
+        };
+        put(MIN, &i.stats.min)?;
+        put(MAX, &i.stats.max)?;
+        put(MEAN_ABS, &i.stats.mean_abs())?;
+        put(MEAN_SQUARES, &i.stats.mean_squares())?;
+        if let Some(moments) = &i.stats.second_moments {
+            put(SECOND_MOMENTS, moments)?;
+        }
+    }
+    Ok(writer.finish()?)
+}
+
+impl CalibrationTable {
+    /// Opens a table.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where it is not there or is none, and as [`SafetensorsFile::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<CalibrationTable> {
+        let path = path.as_ref();
+        let wrong = |what: String| Error::Calibration { path: path.to_owned(), what };
+        let file = SafetensorsFile::open(path, ReadMode::Map)?;
+        let text = file.metadata().get(METADATA).ok_or_else(|| {
+            wrong(format!("no `{METADATA}` in its metadata: expected a file that `calibrate` wrote"))
+        })?;
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| wrong(format!("its metadata is not JSON: {e}")))?;
+        if value["version"] != VERSION {
+            return Err(wrong(format!("version {}, expected {VERSION}", value["version"])));
+        }
+        let string = |key: &str| {
+            value[key].as_str().map(str::to_owned).ok_or_else(|| wrong(format!("its metadata lacks `{key}`")))
+        };
+        let (model, samples) = (string("model")?, string("samples")?);
+        let (mut inputs, mut ranges) = (HashMap::new(), HashMap::new());
+        let list = value["inputs"].as_array().ok_or_else(|| wrong("its metadata lacks `inputs`".into()))?;
+        for (i, input) in list.iter().enumerate() {
+            let weights: Option<Vec<&str>> =
+                input["weights"].as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+            let (Some(&[first, ..]), Some(least), Some(most)) =
+                (weights.as_deref(), input["min"].as_f64(), input["max"].as_f64())
+            else {
+                return Err(wrong(format!("inputs[{i}] must have `weights`, `min` and `max`")));
+            };
+            ranges.insert(first.to_owned(), (least as f32, most as f32));
+            inputs.extend(weights.iter().flatten().map(|w| ((*w).to_owned(), first.to_owned())));
+        }
+        Ok(CalibrationTable { path: path.to_owned(), file, model, samples, inputs, ranges })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The hash of the samples.
+    pub fn samples(&self) -> &str {
+        &self.samples
+    }
+
+    /// Whether the input of a weight was seen.
+    pub fn knows(&self, weight: &str) -> bool {
+        self.inputs.contains_key(weight)
+    }
+
+    /// Whether the matrix of second moments of a weight's input is there.
+    pub fn has_second_moments(&self, weight: &str) -> bool {
+        self.input(weight).is_some_and(|i| self.file.contains(&format!("{i}.{SECOND_MOMENTS}")))
+    }
+
+    /// The name of the input that a weight meets: equal for weights of one input.
+    pub fn input(&self, weight: &str) -> Option<&str> {
+        self.inputs.get(weight).map(String::as_str)
+    }
+
+    /// The smallest and the largest value of a weight's input.
+    pub fn range(&self, weight: &str) -> Option<(f32, f32)> {
+        self.ranges.get(self.input(weight)?).copied()
+    }
+
+    /// The smallest and the largest value of each channel of a weight's input.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where the table is damaged.
+    pub fn channel_ranges(&self, weight: &str, k: usize) -> Result<Option<(Vec<f32>, Vec<f32>)>> {
+        let both = (self.vector(weight, MIN, k)?, self.vector(weight, MAX, k)?);
+        Ok(both.0.zip(both.1))
+    }
+
+    /// The mean magnitude of each of the `k` channels of a weight's input.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where the table is damaged.
+    pub fn mean_abs(&self, weight: &str, k: usize) -> Result<Option<Vec<f32>>> {
+        self.vector(weight, MEAN_ABS, k)
+    }
+
+    /// The mean square of each of the `k` channels of a weight's input.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where the table is damaged.
+    pub fn mean_squares(&self, weight: &str, k: usize) -> Result<Option<Vec<f32>>> {
+        self.vector(weight, MEAN_SQUARES, k)
+    }
+
+    /// The `[k, k]` sums of products of channels of a weight's input.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where the table is damaged.
+    pub fn second_moments(&self, weight: &str, k: usize) -> Result<Option<Tensor>> {
+        self.tensor(weight, SECOND_MOMENTS, &[k, k])
+    }
+
+    fn vector(&self, weight: &str, what: &str, k: usize) -> Result<Option<Vec<f32>>> {
+        let Some(tensor) = self.tensor(weight, what, &[k])? else { return Ok(None) };
+        Ok(Some(tensor.to_f32()?.into_owned()))
+    }
+
+    fn tensor(&self, weight: &str, what: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        let Some(input) = self.input(weight) else { return Ok(None) };
+        let name = format!("{input}.{what}");
+        if !self.file.contains(&name) {
+            return Ok(None);
+        }
+        let tensor = self.file.tensor(&name)?;
+        if tensor.dtype() != DType::F32 || tensor.shape() != shape {
+            let found = format!("{} of shape {:?}", tensor.dtype(), tensor.shape());
+            let what = format!("tensor `{name}` is {found}, expected F32 of shape {shape:?}");
+            return Err(Error::Calibration { path: self.path.clone(), what });
+        }
+        Ok(Some(tensor))
+    }
+
+    /// Refuses a table of another model.
+    pub(super) fn check(&self, model: &Model) -> Result<()> {
+        let found = fingerprint(model)?;
+        if found == self.model {
+            return Ok(());
+        }
+        let what = format!(
+            "it was made with another model (hash {}, this one has {found}); run `calibrate` on this one",
+            self.model
+        );
+        Err(Error::Calibration { path: self.path.clone(), what })
+    }
+}
