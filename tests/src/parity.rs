@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use pocketglm::{Engine, EngineOptions, GenerateOptions};
+use pocketglm::{Engine, EngineOptions, GenerateOptions, KvFormat};
 
 use crate::golden::{CHECKPOINTS, Case, cases, path, relative_l2};
 
@@ -90,15 +90,17 @@ fn every_tiny_checkpoint_matches_the_reference_tensor_by_tensor() {
 #[test]
 fn every_greedy_token_is_the_reference_s() {
     let mut tokens = 0;
-    for (checkpoint, expected_in) in CHECKPOINTS {
-        let engine = engine(checkpoint, EngineOptions::default());
-        for case in cases(expected_in) {
-            let got = greedy(&engine, &case);
-            assert_eq!(got, ids(&case, "generated_ids"), "{checkpoint} {}", case.name);
-            tokens += got.len();
+    for kv in [KvFormat::F32, KvFormat::F16] {
+        for (checkpoint, expected_in) in CHECKPOINTS {
+            let engine = engine(checkpoint, EngineOptions { kv, ..EngineOptions::default() });
+            for case in cases(expected_in) {
+                let got = greedy(&engine, &case);
+                assert_eq!(got, ids(&case, "generated_ids"), "{checkpoint} {} {kv}", case.name);
+                tokens += got.len();
+            }
         }
     }
-    assert!(tokens > 200, "only {tokens} tokens were compared");
+    assert!(tokens > 400, "only {tokens} tokens were compared");
 }
 
 #[test]

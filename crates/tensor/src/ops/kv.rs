@@ -249,16 +249,41 @@ pub(super) unsafe fn widen<S: Simd>(
     format: KvFormat,
     src: *const u8,
     d: usize,
+    put: impl FnMut(usize, S::V),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // The usual number: loops of a length that the compiler knows.
+        if d == USUAL { widen_head(s, format, src, USUAL, put) } else { widen_head(s, format, src, d, put) }
+    }
+}
+
+/// Components of a head in most models.
+pub(super) const USUAL: usize = 128;
+
+/// See [`widen`].
+///
+/// # Safety
+/// As for [`widen`].
+#[inline(always)]
+unsafe fn widen_head<S: Simd>(
+    s: S,
+    format: KvFormat,
+    src: *const u8,
+    d: usize,
     mut put: impl FnMut(usize, S::V),
 ) {
     #[inline(always)]
     unsafe fn plain<S: Simd, E: Element>(s: S, src: *const E, d: usize, mut put: impl FnMut(usize, S::V)) {
-        for c in (0..d).step_by(S::WIDTH) {
-            // SAFETY: no more than `d` components are read.
-            let v = unsafe {
-                if c + S::WIDTH <= d { E::load(s, src.add(c)) } else { E::load_n(s, src.add(c), d - c) }
-            };
-            put(c, v);
+        let whole = d - d % S::WIDTH;
+        // SAFETY: no more than `d` components are read.
+        unsafe {
+            for c in (0..whole).step_by(S::WIDTH) {
+                put(c, E::load(s, src.add(c)));
+            }
+            if whole < d {
+                put(whole, E::load_n(s, src.add(whole), d - whole));
+            }
         }
     }
     // SAFETY: the layouts of the formats; the last group of Int4 is padded.

@@ -11,15 +11,16 @@
 use super::flash::{Heads, MAX_SPLITS, Task, divide, join, pack_values};
 use super::{Attention, Mask};
 use crate::ops::SharedMut;
-use crate::ops::kv::widen;
+use crate::ops::kv::{USUAL, widen};
 use crate::ops::tile::{Ahead, Lines, PACKED, Tile, panel_columns};
 use crate::simd::{Kernel, Simd, math};
 use crate::{Cpu, KvFormat, Result};
 
 /// Most rows of a key head.
 const ROWS: usize = 32;
-/// Keys of one block, a multiple of every tile's keys. Widened keys of a block stay in the first-level cache.
-const BK: usize = 64;
+/// Keys of one block, a multiple of every tile's keys. Fewer mean more joining of sums; more than these would not stay in
+/// the second-level cache with their values and scores.
+const BK: usize = 128;
 /// Fewest keys of a part.
 const SPLIT: usize = 256;
 
@@ -297,7 +298,33 @@ unsafe fn dots<S: Simd, const R: usize, const KEYS: usize>(
         for i in 0..KEYS {
             rows[i] = keys.add((j + i).min(count - 1) * stride);
         }
-        for p in (0..padded).step_by(S::WIDTH) {
+        // The usual number: a loop of a length that the compiler knows.
+        if padded == USUAL {
+            add_products::<S, R, KEYS>(s, q, &rows, USUAL, &mut sums);
+        } else {
+            add_products::<S, R, KEYS>(s, q, &rows, padded, &mut sums);
+        }
+        for i in (0..KEYS * R).step_by(S::WIDTH) {
+            s.store(to.add(i), s.reduce_add_each(&sums[i..i + S::WIDTH]));
+        }
+    }
+}
+
+/// The products of [`dots`], a vector of partial sums for each row and key.
+///
+/// # Safety
+/// As for [`dots`].
+#[inline(always)]
+unsafe fn add_products<S: Simd, const R: usize, const KEYS: usize>(
+    s: S,
+    q: *const f32,
+    rows: &[*const f32; KEYS],
+    padded: usize,
+    sums: &mut [S::V; 16],
+) {
+    for p in (0..padded).step_by(S::WIDTH) {
+        // SAFETY: the caller's promise.
+        unsafe {
             let mut key = [s.splat(0.0); KEYS];
             for i in 0..KEYS {
                 key[i] = s.load(rows[i].add(p));
@@ -308,9 +335,6 @@ unsafe fn dots<S: Simd, const R: usize, const KEYS: usize>(
                     sums[i * R + r] = s.fma(x, key[i], sums[i * R + r]);
                 }
             }
-        }
-        for i in (0..KEYS * R).step_by(S::WIDTH) {
-            s.store(to.add(i), s.reduce_add_each(&sums[i..i + S::WIDTH]));
         }
     }
 }
@@ -352,25 +376,26 @@ unsafe fn soften<S: Simd, const R: usize>(
         for i in (0..cells).step_by(S::WIDTH) {
             max = s.max(s.load(scores.add(i)), max);
         }
-        let (mut lanes, mut factors) = ([0f32; 16], [1f32; R]);
+        let (mut lanes, mut falls, mut shifts) = ([0f32; 16], [0f32; 16], [0f32; 16]);
         s.store(lanes.as_mut_ptr(), max);
-        let mut shifts = [0f32; 16];
         for r in 0..R {
             let before = *most.add(r);
             let mut now = before;
             for lane in 0..S::WIDTH / R {
                 now = if lanes[lane * R + r] > now { lanes[lane * R + r] } else { now };
             }
+            falls[r] = if now == before { 0.0 } else { before - now };
             // Nothing but minus infinities so far: their exponentials are zeros, and those of NaN stay NaN.
             let shift = if now == f32::NEG_INFINITY { 0.0 } else { now };
             for lane in 0..S::WIDTH / R {
                 shifts[lane * R + r] = shift;
             }
-            if now != before {
-                factors[r] = s.reduce_max(math::exp(s, s.splat(before - now)));
-            }
             *most.add(r) = now;
         }
+        // No tile has more rows than a vector lanes.
+        s.store(falls.as_mut_ptr(), math::exp(s, s.load(falls.as_ptr())));
+        let mut factors = [1f32; R];
+        factors.copy_from_slice(&falls[..R]);
         let shift = s.load(shifts.as_ptr());
         let mut sum = s.splat(0.0);
         for i in (0..cells).step_by(S::WIDTH) {
