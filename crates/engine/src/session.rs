@@ -249,7 +249,8 @@ impl Session {
         let mut bindings = decoder_bindings(ids.len(), past, at.len(), rows.len(), 0);
         let state = self.state.as_mut().ok_or(Error::EmptyPrompt)?;
         bindings.set("C", state.bindings.get("C").unwrap_or(0));
-        let mut outputs = self.engine.inner.decoder.run(state, &inputs, &bindings)?;
+        let mut outputs =
+            self.engine.inner.decoder.start(state, &inputs, &bindings, &["logits"])?.finish()?;
         self.cached.extend(added);
         Ok(outputs.take("logits")?.values)
     }

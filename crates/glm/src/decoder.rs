@@ -9,6 +9,12 @@ use pocketglm_tensor::DType;
 
 use crate::TextConfig;
 
+/// Most tokens that a run names as the likeliest ones.
+pub const TOP: usize = 64;
+
+/// The results that say which logits are the largest, instead of all logits.
+pub const BEST: [&str; 3] = ["best", "top_ids", "top_values"];
+
 /// Which intermediate results a decoder graph names besides `logits`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trace {
@@ -19,7 +25,8 @@ pub enum Trace {
 }
 
 /// The decoder: reads `input_ids [T]`, `position_ids [3, T]`, `image_at [V]`, `image_embeds [V, D]`, `logit_rows
-/// [R]`, appends to the states `k` and `v` of each layer, and names the result `logits [R, vocabulary]`.
+/// [R]`, appends to the states `k` and `v` of each layer, and names the results `logits [R, vocabulary]`, `best [R, 1]`
+/// (the index of the largest logit), and `top_ids` and `top_values` `[R, TOP]`. A run computes those that are wanted.
 ///
 /// Weights are taken from `model.language_model` and `lm_head`.
 ///
@@ -62,6 +69,14 @@ pub fn decoder(g: &mut GraphBuilder<'_>, config: &TextConfig, trace: Trace) -> R
         g.linear("lm_head", x, config.vocab_size, false)?
     };
     g.output("logits", logits);
+    if trace == Trace::HiddenStates {
+        return Ok(());
+    }
+    let [best, _] = g.top_k(logits, 1)?;
+    g.output("best", best);
+    let [ids, values] = g.top_k(logits, TOP.min(config.vocab_size))?;
+    g.output("top_ids", ids);
+    g.output("top_values", values);
     Ok(())
 }
 

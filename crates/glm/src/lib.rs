@@ -17,7 +17,7 @@ mod positions;
 mod sampling;
 
 pub use config::{TextConfig, VisualTokens};
-pub use decoder::{Trace, decoder};
+pub use decoder::{BEST, TOP, Trace, decoder};
 pub use error::Error;
 pub use names::LAYOUTS;
 pub use positions::{Grid, Positions, TokenKind, positions, token_kinds};

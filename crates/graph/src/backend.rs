@@ -14,6 +14,12 @@ pub trait Backend: Send + Sync {
     /// The device, for people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
+    /// Bytes that a program of `graph` takes under `bindings`, by use, from shapes alone: nothing is allocated.
+    ///
+    /// # Errors
+    /// Unbound or impossible sizes.
+    fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory>;
+
     /// Resolves the weights of a graph and makes it ready to run.
     ///
     /// # Errors
@@ -47,11 +53,51 @@ pub trait Program: Send + Sync {
     /// Gives memory back that only runs need; the next run takes it again.
     fn trim(&self);
 
-    /// Runs the graph once. `bindings` give every size but the capacities, which the state knows.
+    /// Whether [`Program::start`] returns before the run has ended, so that the next one can be prepared meanwhile.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
+    /// Starts a run for the results in `wanted`; what only other results need is not computed. `bindings` give every
+    /// size but the capacities, which the state knows.
+    ///
+    /// Runs of one program take place in the order in which they are started.
     ///
     /// # Errors
-    /// Inputs that are missing or have the wrong size, and what the kernels report.
-    fn run(&self, state: &mut ProgramState, inputs: &Inputs<'_>, bindings: &Bindings) -> Result<Outputs>;
+    /// Inputs that are missing or have the wrong size, results that the program does not have, and what the kernels
+    /// report.
+    fn start(
+        &self,
+        state: &mut ProgramState,
+        inputs: &Inputs<'_>,
+        bindings: &Bindings,
+        wanted: &[&str],
+    ) -> Result<Box<dyn Running>>;
+
+    /// Runs the graph once, for all its results.
+    ///
+    /// # Errors
+    /// As [`Program::start`].
+    fn run(&self, state: &mut ProgramState, inputs: &Inputs<'_>, bindings: &Bindings) -> Result<Outputs> {
+        let all: Vec<&str> = self.graph().outputs().iter().map(|(name, _)| name.as_str()).collect();
+        self.start(state, inputs, bindings, &all)?.finish()
+    }
+}
+
+/// A run that was started. Dropping it gives its results up, not the changes of its states.
+pub trait Running: Send {
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// What happened on the device, such as its loss.
+    fn finish(self: Box<Self>) -> Result<Outputs>;
+}
+
+/// Results that were there at once.
+impl Running for Outputs {
+    fn finish(self: Box<Self>) -> Result<Outputs> {
+        Ok(*self)
+    }
 }
 
 /// Bytes of one program, by use.
@@ -100,15 +146,8 @@ pub enum InputData<'a> {
     F32(&'a [f32]),
     /// Indices and positions.
     I32(&'a [i32]),
-}
-
-impl InputData<'_> {
-    pub(crate) fn len(&self) -> usize {
-        match self {
-            InputData::F32(x) => x.len(),
-            InputData::I32(x) => x.len(),
-        }
-    }
+    /// A result of the run before with the same state, by name: it need not leave the device.
+    Last(&'a str),
 }
 
 impl<'a> Inputs<'a> {
@@ -126,6 +165,12 @@ impl<'a> Inputs<'a> {
     /// Adds indices or positions.
     pub fn i32(mut self, name: &'a str, values: &'a [i32]) -> Inputs<'a> {
         self.values.push((name, InputData::I32(values)));
+        self
+    }
+
+    /// Adds indices that are a result of the run before with the same state.
+    pub fn last(mut self, name: &'a str, output: &'a str) -> Inputs<'a> {
+        self.values.push((name, InputData::Last(output)));
         self
     }
 
@@ -151,7 +196,7 @@ pub struct Outputs(pub Vec<(String, Output)>);
 pub struct Output {
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Its elements, row-major.
+    /// Its elements, row-major; indices as numbers.
     pub values: Vec<f32>,
 }
 

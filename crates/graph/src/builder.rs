@@ -9,7 +9,7 @@ use crate::graph::{Graph, Meta, Node, Value};
 use crate::ops::{
     Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, GatherRows, Input, KvAppend, KvRead,
     LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout, RopeTable, Scale, ScatterRows, Slice,
-    Softmax, SoftmaxMask, State, Unary, UnaryKind, WeightRef, WeightedGather,
+    Softmax, SoftmaxMask, State, TopK, Unary, UnaryKind, WeightRef, WeightedGather,
 };
 use crate::{Error, Result};
 
@@ -314,6 +314,12 @@ impl<'w> GraphBuilder<'w> {
     /// `x` with some rows replaced.
     pub fn scatter_rows(&mut self, x: Value, at: Value, rows: Value) -> Result<Value> {
         self.push(Op::ScatterRows(ScatterRows), &[x, at, rows])
+    }
+
+    /// Indices and values of the `k` largest elements of each row: see [`TopK`].
+    pub fn top_k(&mut self, x: Value, k: usize) -> Result<[Value; 2]> {
+        let ids = self.push(Op::TopK(TopK { k }), &[x])?;
+        Ok([ids, Value { port: 1, ..ids }])
     }
 
     /// Appends rows to a state from row `at` on; the result is the state afterwards.

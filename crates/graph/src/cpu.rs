@@ -10,7 +10,9 @@ use pocketglm_tensor::{
     WeightSource,
 };
 
-use crate::backend::{Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState};
+use crate::backend::{
+    Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState, Running,
+};
 use crate::dim::{Bindings, eval_shape};
 use crate::graph::{Graph, Value};
 use crate::ops::{Call, Data, Op, Operand};
@@ -38,6 +40,10 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     fn describe(&self) -> String {
         format!("cpu ({:?}, {} threads)", self.cpu.isa(), self.cpu.threads()).to_lowercase()
+    }
+
+    fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
+        plan_memory(graph, bindings, &self.cpu)
     }
 
     fn compile(&self, graph: &Graph, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Program>> {
@@ -77,9 +83,11 @@ struct Work {
     plans: Vec<(Bindings, Arc<Plan>)>,
 }
 
-/// Buffers of the states, in the program's order.
+/// Buffers of the states, in the program's order, and the indices that the last run gave.
+#[derive(Default)]
 struct CpuState {
     buffers: Vec<AlignedF32>,
+    last: Vec<(String, Vec<i32>)>,
 }
 
 /// Plans kept: prefill chunk, its remainder, decode, and one to spare.
@@ -87,7 +95,7 @@ const PLANS: usize = 4;
 
 impl CpuProgram {
     fn new(cpu: Arc<Cpu>, graph: Graph, weights: &dyn WeightSource) -> Result<CpuProgram> {
-        let stored = stored_as_they_are(&graph);
+        let stored = graph.kept_as_stored();
         let by_row = read_by_row(&graph);
         let states = graph.nodes.iter().enumerate().filter_map(|(i, n)| match &n.op {
             Op::State(s) => Some((i, s.name.clone())),
@@ -97,7 +105,7 @@ impl CpuProgram {
             states: states.collect(),
             held: Vec::with_capacity(graph.nodes.len()),
             work: Mutex::new(Work::default()),
-            sized_by: symbols(&graph),
+            sized_by: graph.sized_by(),
             cpu,
             graph,
         };
@@ -194,18 +202,6 @@ impl CpuProgram {
     }
 }
 
-/// For each node whether it is a matrix that every user takes in the type in which it is stored.
-fn stored_as_they_are(graph: &Graph) -> Vec<bool> {
-    let mut stored = vec![true; graph.nodes.len()];
-    for node in &graph.nodes {
-        for (i, v) in node.inputs.iter().enumerate() {
-            let matrix = graph.meta(*v).shape.len() == 2;
-            stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
-        }
-    }
-    stored
-}
-
 /// For each node whether all that its users do is to read rows of it.
 fn read_by_row(graph: &Graph) -> Vec<bool> {
     let mut by_row = vec![true; graph.nodes.len()];
@@ -282,20 +278,24 @@ fn widened(tensor: &Tensor, name: &str) -> Result<AlignedF32> {
     Ok(values)
 }
 
-/// The names that shapes and views of a graph depend on. What only ops depend on, such as the number of keys of
-/// a fused attention, is not among them, so a decode step finds the plan of the last one.
-fn symbols(graph: &Graph) -> Vec<&'static str> {
-    let mut names = Vec::new();
-    for node in &graph.nodes {
-        for dim in node.outputs.iter().flat_map(|m| &m.shape) {
-            dim.symbols(&mut names);
-        }
-        if let Op::Slice(s) = &node.op {
-            s.start.symbols(&mut names);
-            s.len.symbols(&mut names);
-        }
+/// The results of a graph's load-time nodes that other nodes use, computed on the processor: for devices that do not
+/// compute them by themselves.
+///
+/// # Errors
+/// As [`Backend::compile`] of the part of the graph that they depend on.
+pub fn load_time_values(
+    cpu: &Arc<Cpu>,
+    graph: &Graph,
+    weights: &dyn WeightSource,
+) -> Result<Vec<(Value, Output)>> {
+    let (values, part) = graph.load_time_part();
+    if values.is_empty() {
+        return Ok(Vec::new());
     }
-    names
+    let program = CpuProgram::new(cpu.clone(), part, weights)?;
+    let none = Bindings::new();
+    let mut outputs = program.run(&mut program.new_state(&none)?, &Inputs::new(), &none)?;
+    values.into_iter().enumerate().map(|(i, v)| Ok((v, outputs.take(&i.to_string())?))).collect()
 }
 
 /// A weight as it will be used: as stored, or widened to f32. Widened values are checked, stored ones when the
@@ -347,8 +347,7 @@ impl Program for CpuProgram {
     }
 
     fn new_state(&self, bindings: &Bindings) -> Result<ProgramState> {
-        let mut state =
-            ProgramState { inner: Box::new(CpuState { buffers: Vec::new() }), bindings: bindings.clone() };
+        let mut state = ProgramState { inner: Box::<CpuState>::default(), bindings: bindings.clone() };
         self.resize_state(&mut state, bindings)?;
         Ok(state)
     }
@@ -368,15 +367,22 @@ impl Program for CpuProgram {
         *self.work.lock().unwrap_or_else(PoisonError::into_inner) = Work::default();
     }
 
-    fn run(&self, state: &mut ProgramState, inputs: &Inputs<'_>, bindings: &Bindings) -> Result<Outputs> {
+    fn start(
+        &self,
+        state: &mut ProgramState,
+        inputs: &Inputs<'_>,
+        bindings: &Bindings,
+        wanted: &[&str],
+    ) -> Result<Box<dyn Running>> {
         let mut all = bindings.clone();
         for (name, size) in state.bindings.iter() {
             all.set(name, size);
         }
+        let CpuState { buffers, last } = own(state)?;
         let mut given: HashMap<usize, InputData<'_>> = HashMap::new();
         for (i, node) in self.graph.nodes.iter().enumerate() {
             if let Op::Input(input) = &node.op {
-                given.insert(i, checked_input(input, inputs, &all)?);
+                given.insert(i, checked_input(input, from_last(inputs.get(&input.name)?, last)?, &all)?);
             }
         }
         // A panic in an earlier run leaves only scratch data behind.
@@ -387,21 +393,39 @@ impl Program for CpuProgram {
             work.arena.resize(plan.arena)?;
         }
         let run = Run { program: self, plan: &plan, given: &given, bindings: &all };
-        let buffers = &mut own(state)?.buffers;
-        for i in 0..self.graph.nodes.len() {
-            let node = &self.graph.nodes[i];
-            if !(node.op.is_source() || node.op.is_view() || node.load_time) {
+        let needed = self.graph.needed(wanted)?;
+        for (i, node) in self.graph.nodes.iter().enumerate() {
+            if needed[i] && !(node.op.is_source() || node.op.is_view() || node.load_time) {
                 run.node(i, &mut work.arena, buffers)
                     .map_err(|e| e.at(format!("{} {}", node.scope, node.op.name())))?;
             }
         }
         let mut outputs = Outputs::default();
-        for (name, v) in &self.graph.outputs {
+        let mut indices = Vec::new();
+        for (name, v) in self.graph.outputs.iter().filter(|(name, _)| wanted.contains(&name.as_str())) {
             let operand = run.operand(*v, &Carved::whole(&work.arena), buffers)?;
             let Data::F32(values) = operand.data else { continue };
+            if self.graph.meta(*v).dtype == DType::I32 {
+                indices.push((name.clone(), values.iter().map(|&v| v as i32).collect()));
+            }
             outputs.0.push((name.clone(), Output { shape: operand.shape.to_vec(), values: values.to_vec() }));
         }
-        Ok(outputs)
+        drop(given);
+        *last = indices;
+        Ok(Box::new(outputs))
+    }
+}
+
+/// An input that is a result of the run before, as numbers; any other input as it is.
+fn from_last<'a>(data: InputData<'a>, last: &'a [(String, Vec<i32>)]) -> Result<InputData<'a>> {
+    let InputData::Last(wanted) = data else { return Ok(data) };
+    match last.iter().find(|(name, _)| name == wanted) {
+        Some((_, values)) => Ok(InputData::I32(values)),
+        None => Err(Error::Name {
+            kind: "output",
+            name: wanted.into(),
+            what: "is not one that the last run gave as indices".into(),
+        }),
     }
 }
 
@@ -421,17 +445,18 @@ fn own(state: &mut ProgramState) -> Result<&mut CpuState> {
 
 fn checked_input<'a>(
     input: &crate::ops::Input,
-    inputs: &Inputs<'a>,
+    data: InputData<'a>,
     bindings: &Bindings,
 ) -> Result<InputData<'a>> {
-    let data = inputs.get(&input.name)?;
     let wanted: usize = eval_shape(&input.meta.shape, bindings)?.iter().product();
-    let kind = match data {
-        InputData::F32(_) => DType::F32,
-        InputData::I32(_) => DType::I32,
+    let (kind, len) = match data {
+        InputData::F32(x) => (DType::F32, x.len()),
+        InputData::I32(x) => (DType::I32, x.len()),
+        // Resolved, or refused, before.
+        InputData::Last(_) => (DType::I32, wanted),
     };
-    if data.len() != wanted || kind != input.meta.dtype {
-        let what = format!("needs {wanted} elements of {}, found {} of {kind}", input.meta.dtype, data.len());
+    if len != wanted || kind != input.meta.dtype {
+        let what = format!("needs {wanted} elements of {}, found {len} of {kind}", input.meta.dtype);
         return Err(Error::Name { kind: "input", name: input.name.clone(), what });
     }
     Ok(data)
@@ -516,7 +541,7 @@ impl Run<'_> {
                 Op::Input(_) => match self.given.get(&root.node()) {
                     Some(InputData::F32(x)) => view(x)?,
                     Some(InputData::I32(x)) => Data::I32(x.get(part.clone()).ok_or_else(outside)?),
-                    None => return Err(outside()),
+                    Some(InputData::Last(_)) | None => return Err(outside()),
                 },
                 _ => match self.program.held_data(root)? {
                     Data::F32(x) => view(x)?,
@@ -590,7 +615,7 @@ pub fn plan_memory(graph: &Graph, bindings: &Bindings, cpu: &Cpu) -> Result<Prog
 
 fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
     let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
-    let stored = stored_as_they_are(graph);
+    let stored = graph.kept_as_stored();
     let by_row = read_by_row(graph);
     for (i, node) in graph.nodes.iter().enumerate() {
         let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();

@@ -66,6 +66,16 @@ pub enum Error {
         /// What is wrong with it.
         source: pocketglm_quant::Error,
     },
+    /// A device cannot do what was asked, or failed while it did.
+    #[error("{device}: {what}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What kind of failure it is.
+        fault: DeviceFault,
+        /// What happened.
+        what: String,
+    },
     /// A kernel, tensor or weight source failed.
     #[error(transparent)]
     Tensor(#[from] pocketglm_tensor::Error),
@@ -79,7 +89,34 @@ pub enum Error {
     },
 }
 
+/// How a device failed: what a caller can do depends on it.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceFault {
+    /// There is no such device, or none that can be used.
+    Absent,
+    /// It is gone: what it held is lost, and it does nothing more.
+    Lost,
+    /// It has no memory for what was asked.
+    OutOfMemory,
+    /// Its limits, or what is built for it, do not suffice.
+    Unsupported,
+    /// Its driver refused a kernel, or gave wrong results.
+    Driver,
+    /// It did not answer in time.
+    Timeout,
+}
+
 impl Error {
+    /// The device's fault, where this error is one.
+    pub fn device_fault(&self) -> Option<DeviceFault> {
+        match self {
+            Error::Device { fault, .. } => Some(*fault),
+            Error::In { source, .. } => source.device_fault(),
+            _ => None,
+        }
+    }
+
     /// This error, with the place in the model where it happened.
     pub fn at(self, scope: impl Into<String>) -> Error {
         Error::In { scope: scope.into(), source: Box::new(self) }

@@ -16,6 +16,12 @@ pub struct Value {
 }
 
 impl Value {
+    /// The result `port` of node `node`, for looking things up in the graph that has it.
+    pub fn of(node: usize, port: usize) -> Value {
+        // A graph has fewer than 2^32 nodes, and no op has 2^16 results: other numbers name nothing.
+        Value { node: u32::try_from(node).unwrap_or(u32::MAX), port: u16::try_from(port).unwrap_or(u16::MAX) }
+    }
+
     /// Index of the node that makes this value.
     pub fn node(self) -> usize {
         self.node as usize
@@ -110,6 +116,59 @@ impl Graph {
         self.nodes.iter().filter(|n| !n.op.is_source() && !n.load_time && !n.op.is_view()).count()
     }
 
+    /// For each node whether it is a matrix that every user takes in the type in which it is stored.
+    pub fn kept_as_stored(&self) -> Vec<bool> {
+        let mut stored = vec![true; self.nodes.len()];
+        for node in &self.nodes {
+            for (i, v) in node.inputs.iter().enumerate() {
+                let matrix = self.meta(*v).shape.len() == 2;
+                stored[v.node()] &= matrix && node.op.def().takes_weight(i) && !node.load_time;
+            }
+        }
+        stored
+    }
+
+    /// The names that shapes and views of this graph depend on. What only ops depend on, such as the number of keys of a
+    /// fused attention, is not among them, so a decode step finds the plan of the last one.
+    pub fn sized_by(&self) -> Vec<&'static str> {
+        let mut names = Vec::new();
+        for node in &self.nodes {
+            for dim in node.outputs.iter().flat_map(|m| &m.shape) {
+                dim.symbols(&mut names);
+            }
+            if let Op::Slice(s) = &node.op {
+                s.start.symbols(&mut names);
+                s.len.symbols(&mut names);
+            }
+        }
+        names
+    }
+
+    /// The results of load-time nodes that other nodes use, and a graph that computes them and nothing else.
+    pub(crate) fn load_time_part(&self) -> (Vec<Value>, Graph) {
+        let mut wanted: Vec<Value> = self
+            .nodes
+            .iter()
+            .filter(|n| !n.load_time)
+            .flat_map(|n| &n.inputs)
+            .chain(self.outputs.iter().map(|(_, v)| v))
+            .filter(|v| self.node(**v).load_time)
+            .copied()
+            .collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let mut part = self.clone();
+        for i in 0..part.nodes.len() {
+            if part.nodes[i].op.writes_state() {
+                part.forget(i);
+            }
+            part.nodes[i].load_time = false;
+        }
+        part.outputs = wanted.iter().enumerate().map(|(i, v)| (i.to_string(), *v)).collect();
+        part.prune_and_sort();
+        (wanted, part)
+    }
+
     /// Adds a node whose shapes the op has checked, and returns its first result.
     ///
     /// # Errors
@@ -147,6 +206,29 @@ impl Graph {
     /// Whether a value is one of the graph's results.
     pub(crate) fn is_output(&self, value: Value) -> bool {
         self.outputs.iter().any(|(_, v)| *v == value)
+    }
+
+    /// For each node whether a run for these results needs it. A run appends to every state, whatever it is for.
+    ///
+    /// # Errors
+    /// [`Error::Name`] for a result that the graph does not have.
+    pub fn needed(&self, wanted: &[&str]) -> Result<Vec<bool>> {
+        let mut needed = vec![false; self.nodes.len()];
+        for name in wanted {
+            let (_, v) = self.outputs.iter().find(|(n, _)| n == name).ok_or_else(|| Error::Name {
+                kind: "output",
+                name: (*name).into(),
+                what: "is not one of the program".into(),
+            })?;
+            needed[v.node()] = true;
+        }
+        for i in (0..self.nodes.len()).rev() {
+            needed[i] |= self.nodes[i].op.writes_state();
+            if needed[i] {
+                self.nodes[i].inputs.iter().for_each(|v| needed[v.node()] = true);
+            }
+        }
+        Ok(needed)
     }
 
     /// Makes every user of `old` use `new`.

@@ -20,11 +20,13 @@ pub mod ops;
 pub mod passes;
 mod plan;
 
-pub use backend::{Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState};
+pub use backend::{
+    Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState, Running,
+};
 pub use builder::GraphBuilder;
-pub use cpu::{CpuBackend, plan_memory};
+pub use cpu::{CpuBackend, load_time_values, plan_memory};
 pub use dim::{Bindings, Dim, eval_shape, product};
-pub use error::Error;
+pub use error::{DeviceFault, Error};
 pub use graph::{Graph, Meta, Node, Value};
 pub use plan::Plan;
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::dim::{Bindings, eval_shape};
-use crate::graph::{Graph, Value};
+use crate::graph::{Graph, Node, Value};
 use crate::ops::Op;
 use crate::{Error, Result};
 
@@ -31,6 +31,8 @@ pub struct Plan {
     pub(crate) arena: usize,
     /// f32 elements that all intermediates would take without reuse.
     pub(crate) without_reuse: usize,
+    /// f32 elements of which places are multiples.
+    align: usize,
 }
 
 impl Plan {
@@ -39,6 +41,20 @@ impl Plan {
     /// # Errors
     /// Unbound or impossible sizes, and slices that reach past their operand.
     pub fn new(graph: &Graph, bindings: &Bindings) -> Result<Plan> {
+        Plan::aligned(graph, bindings, ALIGN, &|node, inputs, outputs| node.op.def().scratch(inputs, outputs))
+    }
+
+    /// The same for a device whose values begin at multiples of `align` elements, and whose kernels need the working
+    /// memory that `scratch` says: f32 elements for a node, the shapes of its operands and of its results.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn aligned(
+        graph: &Graph,
+        bindings: &Bindings,
+        align: usize,
+        scratch: &dyn Fn(&Node, &[Vec<usize>], &[Vec<usize>]) -> usize,
+    ) -> Result<Plan> {
         let mut shapes = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
             let sizes: Result<Vec<_>> = node.outputs.iter().map(|m| eval_shape(&m.shape, bindings)).collect();
@@ -50,6 +66,7 @@ impl Plan {
             scratch: vec![0..0; graph.nodes.len()],
             arena: 0,
             without_reuse: 0,
+            align: align.max(1),
         };
         let last_use = plan.place_views(graph, bindings)?;
 
@@ -67,7 +84,7 @@ impl Plan {
                 }
             }
             let inputs: Vec<Vec<usize>> = node.inputs.iter().map(|v| plan.shape(*v).to_vec()).collect();
-            let scratch = node.op.def().scratch(&inputs, &plan.shapes[i]);
+            let scratch = scratch(node, &inputs, &plan.shapes[i]);
             if scratch > 0 {
                 plan.scratch[i] = plan.allocate(&mut live, scratch, i)?;
             }
@@ -77,8 +94,21 @@ impl Plan {
     }
 
     /// Sizes of a value.
-    pub(crate) fn shape(&self, value: Value) -> &[usize] {
+    pub fn shape(&self, value: Value) -> &[usize] {
         &self.shapes[value.node()][value.port()]
+    }
+
+    /// The element of the arena where a value begins that lies there by itself: neither a source nor a view.
+    pub fn arena_start(&self, value: Value) -> Option<usize> {
+        match &self.places[value.node()][value.port()] {
+            Place::Arena(range) => Some(range.start),
+            _ => None,
+        }
+    }
+
+    /// Working memory of a node, in elements of the arena.
+    pub fn scratch_of(&self, node: usize) -> Range<usize> {
+        self.scratch[node].clone()
     }
 
     /// Bytes of the arena.
@@ -136,7 +166,7 @@ impl Plan {
     }
 
     /// The value in whose place `value` lies, and the element where it begins.
-    pub(crate) fn root(&self, mut value: Value) -> (Value, usize) {
+    pub fn root(&self, mut value: Value) -> (Value, usize) {
         let mut offset = 0;
         while let Place::Inside(inner, at) = &self.places[value.node()][value.port()] {
             offset += at;
@@ -151,7 +181,7 @@ impl Plan {
         length: usize,
         last: usize,
     ) -> Result<Range<usize>> {
-        let padded = length.div_ceil(ALIGN) * ALIGN;
+        let padded = length.div_ceil(self.align) * self.align;
         let mut start = 0;
         let mut index = live.len();
         for (i, (taken, _)) in live.iter().enumerate() {

@@ -16,6 +16,7 @@ mod rope;
 mod shape;
 mod softmax;
 mod source;
+mod top_k;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +35,7 @@ pub use rope::{Rope, RopeLayout, RopeTable};
 pub use shape::{Concat, Permute, Reshape, Slice};
 pub use softmax::{Softmax, SoftmaxMask};
 pub use source::{Constant, Input, State, WeightRef};
+pub use top_k::TopK;
 
 use crate::dim::Bindings;
 use crate::graph::Meta;
@@ -72,6 +74,7 @@ pub enum Op {
     Qkv(Qkv),
     Attention(Attention),
     NormAdd(NormAdd),
+    TopK(TopK),
 }
 
 /// Work of one call: what a roofline is computed from.
@@ -269,6 +272,7 @@ impl Op {
             Op::Qkv(o) => o,
             Op::Attention(o) => o,
             Op::NormAdd(o) => o,
+            Op::TopK(o) => o,
         }
     }
 

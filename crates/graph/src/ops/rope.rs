@@ -42,8 +42,18 @@ impl OpDef for RopeTable {
     fn run(&self, call: &mut Call<'_, '_>) -> Result<()> {
         let positions = call.i32("rope_table", 0)?;
         let &[axes, t] = call.shape("rope_table", 0)? else { return Ok(()) };
+        self.compute(positions, [axes, t], call.output("rope_table", 0)?)
+    }
+}
+
+impl RopeTable {
+    /// The table `y` for `positions [axes, t]`. Sines of large angles need more digits than a GPU's have, so other
+    /// backends call this too.
+    ///
+    /// # Errors
+    /// Frequencies that do not come in whole runs, or of axes that are not there.
+    pub fn compute(&self, positions: &[i32], [axes, t]: [usize; 2], y: &mut [f32]) -> Result<()> {
         let pairs = self.axis_of_frequency.len();
-        let y = call.output("rope_table", 0)?;
         // One table for each run of frequencies; its cosines and sines go to their columns of the result.
         let mut run = vec![0.0; t * 2 * self.period];
         for (i, axes_used) in self.axis_of_frequency.chunks(self.period).enumerate() {
