@@ -186,7 +186,8 @@ pub fn bindings(source: &str) -> Result<Vec<Binding>, Error> {
     let mut found = Vec::new();
     for (number, line) in (1..).zip(source.lines()) {
         let Some((_, rest)) = line.split_once("@binding(") else { continue };
-        let wrong = || Error::Line { file: "source".into(), line: number, what: format!("cannot read `{line}`") };
+        let wrong =
+            || Error::Line { file: "source".into(), line: number, what: format!("cannot read `{line}`") };
         let (binding, rest) = rest.split_once(')').ok_or_else(wrong)?;
         let access = match () {
             () if rest.contains("var<uniform>") => Access::Uniform,
@@ -201,7 +202,11 @@ pub fn bindings(source: &str) -> Result<Vec<Binding>, Error> {
 }
 
 fn file(name: &str) -> Result<&'static str, Error> {
-    FILES.iter().find(|(n, _)| *n == name).map(|(_, text)| *text).ok_or_else(|| Error::NoFile { name: name.into() })
+    FILES
+        .iter()
+        .find(|(n, _)| *n == name)
+        .map(|(_, text)| *text)
+        .ok_or_else(|| Error::NoFile { name: name.into() })
 }
 
 #[cfg(test)]
@@ -229,6 +234,9 @@ mod tests {
         let found = bindings(&Variant::new("linear.wgsl").flag("W_F32").source().unwrap()).unwrap();
         let numbers: Vec<u32> = found.iter().map(|b| b.number).collect();
         assert_eq!(numbers, [0, 1, 4, 7]);
-        assert_eq!((found[0].access, found[1].access, found[2].access), (Access::Uniform, Access::Read, Access::ReadWrite));
+        assert_eq!(
+            (found[0].access, found[1].access, found[2].access),
+            (Access::Uniform, Access::Read, Access::ReadWrite)
+        );
     }
 }

@@ -28,11 +28,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     for (var u = 0u; u < p.kh; u++) {
       let yy = i32(oy * p.sy + u) - i32(p.py);
       if yy < 0 || yy >= i32(p.h) { continue; }
-      let from = p.x + ((n * p.channels + first + c) * p.h + u32(yy)) * p.w;
+      let source = p.x + ((n * p.channels + first + c) * p.h + u32(yy)) * p.w;
       let wat = p.weight + ((o * per_group + c) * p.kh + u) * p.kw;
       for (var v = 0u; v < p.kw; v++) {
         let xx = i32(ox * p.sx + v) - i32(p.px);
-        if xx >= 0 && xx < i32(p.w) { total = fma(weight[wat + v], x[from + u32(xx)], total); }
+        if xx >= 0 && xx < i32(p.w) { total = fma(weight[wat + v], x[source + u32(xx)], total); }
       }
     }
   }

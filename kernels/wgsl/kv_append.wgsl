@@ -15,23 +15,23 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   if item >= p.t * p.kv_heads { return; }
   let head = item % p.kv_heads;
   let t = item / p.kv_heads;
-  let from = p.x + t * p.stride + head * p.d;
+  let source = p.x + t * p.stride + head * p.d;
   let row = (p.at + t) * p.kv_heads + head;
 //#if KV_F32
-  for (var i = lane; i < p.d; i += WG) { state[row * p.d + i] = bitcast<u32>(x[from + i]); }
+  for (var i = lane; i < p.d; i += WG) { state[row * p.d + i] = bitcast<u32>(x[source + i]); }
 //#endif
 //#if KV_F16
   for (var i = lane; i < p.d / 2u; i += WG) {
-    state[row * p.d / 2u + i] = pack2x16float(vec2<f32>(x[from + 2u * i], x[from + 2u * i + 1u]));
+    state[row * p.d / 2u + i] = pack2x16float(vec2<f32>(x[source + 2u * i], x[source + 2u * i + 1u]));
   }
 //#endif
 //#if KV_INT8
   var own = 0.0;
-  for (var i = lane; i < p.d; i += WG) { own = max(own, abs(x[from + i])); }
+  for (var i = lane; i < p.d; i += WG) { own = max(own, abs(x[source + i])); }
   let scale = max_all(own, lane) / 127.0;
   let inverse = select(0.0, 1.0 / scale, scale > 0.0);
   for (var i = lane; i < p.d / 4u; i += WG) {
-    let v = vec4<f32>(x[from + 4u * i], x[from + 4u * i + 1u], x[from + 4u * i + 2u], x[from + 4u * i + 3u]);
+    let v = vec4<f32>(x[source + 4u * i], x[source + 4u * i + 1u], x[source + 4u * i + 2u], x[source + 4u * i + 3u]);
     let q = vec4<u32>(vec4<i32>(clamp(round(v * inverse), vec4<f32>(-127.0), vec4<f32>(127.0)))) & vec4<u32>(255u);
     state[row * p.d / 4u + i] = q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
   }

@@ -50,11 +50,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     for (var k = 0u; k < 16u; k++) {
       let at = k * PITCH + column;
       let w = vec4<f32>(tile_w[at], tile_w[at + 1u], tile_w[at + 2u], tile_w[at + 3u]);
-      let from = k * PITCH + row;
-      acc[0] = fma(vec4<f32>(tile_x[from]), w, acc[0]);
-      acc[1] = fma(vec4<f32>(tile_x[from + 1u]), w, acc[1]);
-      acc[2] = fma(vec4<f32>(tile_x[from + 2u]), w, acc[2]);
-      acc[3] = fma(vec4<f32>(tile_x[from + 3u]), w, acc[3]);
+      let source = k * PITCH + row;
+      acc[0] = fma(vec4<f32>(tile_x[source]), w, acc[0]);
+      acc[1] = fma(vec4<f32>(tile_x[source + 1u]), w, acc[1]);
+      acc[2] = fma(vec4<f32>(tile_x[source + 2u]), w, acc[2]);
+      acc[3] = fma(vec4<f32>(tile_x[source + 3u]), w, acc[3]);
     }
     workgroupBarrier();
   }

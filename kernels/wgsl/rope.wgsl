@@ -25,15 +25,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   // Pairs j < half rotate; the components behind them follow in order.
   if j < half { a = j; b = j + half; }
 //#endif
-  let from = p.x + t * p.stride + head * p.d;
+  let source = p.x + t * p.stride + head * p.d;
   let to = p.y + t * p.y_stride + head * p.d;
-  let u = x[from + a];
+  let u = x[source + a];
   if j >= half {
     y[to + a] = u;
-    if b < p.d { y[to + b] = x[from + b]; }
+    if b < p.d { y[to + b] = x[source + b]; }
     return;
   }
-  let v = x[from + b];
+  let v = x[source + b];
   let c = table[p.table + t * p.r + j];
   let s = table[p.table + t * p.r + half + j];
   y[to + a] = u * c - v * s;

@@ -19,6 +19,10 @@ pub struct ModelArgs {
     /// What runs the model.
     #[arg(long, value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
+    /// The GPU to take: part of its name, as in `--gpu radeon`; software adapters are only taken by name.
+    #[cfg(feature = "wgpu")]
+    #[arg(long, value_name = "NAME")]
+    pub gpu: Option<String>,
     /// Threads; 0 takes as many as the system offers.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -56,6 +60,9 @@ pub struct ModelArgs {
 pub enum Backend {
     /// The processor.
     Cpu,
+    /// A GPU, through Vulkan, Metal, DX12 or WebGPU.
+    #[cfg(feature = "wgpu")]
+    Wgpu,
 }
 
 /// How messages reach the chat template.
@@ -102,10 +109,12 @@ impl From<Kv> for KvFormat {
 
 impl ModelArgs {
     /// The engine's options.
-    pub fn options(&self, bars: &Bars) -> EngineOptions {
-        // The only backend; a second one is chosen here.
-        let Backend::Cpu = self.backend;
-        EngineOptions {
+    ///
+    /// # Errors
+    /// A GPU that was asked for and is not there.
+    pub fn options(&self, bars: &Bars) -> Result<EngineOptions, Failure> {
+        Ok(EngineOptions {
+            backend: self.backend()?,
             threads: self.threads,
             context: self.context,
             prefill_chunk: self.prefill_chunk,
@@ -122,16 +131,31 @@ impl ModelArgs {
             kv: self.kv.into(),
             fuse: !self.no_fuse,
             progress: bars.hook(),
+        })
+    }
+
+    /// What runs the model; `None` is the processor.
+    fn backend(&self) -> Result<Option<std::sync::Arc<dyn pocketglm::Backend>>, Failure> {
+        match self.backend {
+            Backend::Cpu => Ok(None),
+            #[cfg(feature = "wgpu")]
+            Backend::Wgpu => {
+                let options = pocketglm::gpu::GpuOptions {
+                    adapter: self.gpu.clone(),
+                    ..pocketglm::gpu::GpuOptions::default()
+                };
+                Ok(Some(pocketglm::gpu::open(&options)?))
+            }
         }
     }
 
     /// Opens the checkpoint. A plan beyond `--memory` is an error that carries the plan.
     pub fn open(&self, bars: &Bars) -> Result<Model, Failure> {
-        let opened = Model::open_with(&self.model, self.options(bars));
+        let opened = Model::open_with(&self.model, self.options(bars)?);
         bars.clear();
         match (opened, self.memory) {
             (Err(Error::Budget { .. }), Some(budget)) => {
-                let (_, plan) = Engine::inspect(&self.model, &self.options(&Bars::new(true)), None)?;
+                let (_, plan) = Engine::inspect(&self.model, &self.options(&Bars::new(true))?, None)?;
                 Err(Failure::Budget { plan, budget, shown: false })
             }
             (opened, _) => Ok(opened?),

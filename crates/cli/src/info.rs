@@ -38,7 +38,7 @@ pub struct InfoArgs {
 /// Runs the command.
 pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     // Inspecting takes a moment at most, so there is no bar.
-    let options = args.model.options(&Bars::new(true));
+    let options = args.model.options(&Bars::new(true))?;
     let Screen(wanted) = args.screen.unwrap_or(PHONE);
     let picture = wanted.map(|(w, h)| (w as usize, h as usize));
     let (info, plan) = Engine::inspect(&args.model.model, &options, picture)?;

@@ -20,7 +20,9 @@ pub struct Engine {
 pub(crate) struct Inner {
     pub model: Model,
     pub options: EngineOptions,
-    pub backend: CpuBackend,
+    pub backend: Arc<dyn Backend>,
+    /// For the work around the programs.
+    pub cpu: Arc<Cpu>,
     pub decoder: Box<dyn Program>,
     /// Compiled with the first picture, so that text alone never touches the vision weights.
     pub vision: std::sync::OnceLock<Box<dyn Program>>,
@@ -37,15 +39,15 @@ impl Engine {
     pub fn open(path: impl AsRef<Path>, options: EngineOptions) -> Result<Engine> {
         let model = Model::open(path.as_ref(), &options)?;
         let cpu = Arc::new(Cpu::new(options.threads)?);
+        let backend = backend(&options, &cpu);
         if options.memory.is_some() {
             // Text alone must fit; a prompt with pictures is checked again when its pictures are known.
             let size = text_size(&model, &options);
-            plan(&model, &cpu, &size)?.check(options.memory)?;
+            plan(&model, &*backend, &size)?.check(options.memory)?;
         }
-        let backend = CpuBackend::new(cpu.clone());
         let decoder = backend.compile(&model.decoder, model.weights.clone())?;
         let vision = std::sync::OnceLock::new();
-        Ok(Engine { inner: Arc::new(Inner { model, options, backend, decoder, vision }) })
+        Ok(Engine { inner: Arc::new(Inner { model, options, backend, cpu, decoder, vision }) })
     }
 
     /// What a checkpoint is, and what running it will take, without loading it.
@@ -60,14 +62,14 @@ impl Engine {
         screen: Option<(usize, usize)>,
     ) -> Result<(ModelInfo, MemoryPlan)> {
         let model = Model::open(path.as_ref(), options)?;
-        let cpu = Cpu::new(options.threads)?;
+        let backend = backend(options, &Arc::new(Cpu::new(options.threads)?));
         let mut size = text_size(&model, options);
         if let (Some((width, height)), Some(vision)) = (screen, &model.vision) {
             size.patches = patches(&vision.images, width, height)?;
             size.all_patches = size.patches;
             size.pixels = width * height;
         }
-        let memory = plan(&model, &cpu, &size)?;
+        let memory = plan(&model, &*backend, &size)?;
         Ok((model.info(), memory))
     }
 
@@ -103,7 +105,7 @@ impl Engine {
             all_patches: prompt.pictures.iter().map(|p| patches(p)).sum(),
             pixels: prompt.pictures.iter().map(|p| p.decoded).max().unwrap_or(0),
         };
-        plan(model, self.inner.backend.cpu(), &size)
+        plan(model, &*self.inner.backend, &size)
     }
 
     /// The sampling that the checkpoint's `generation_config.json` recommends; greedy where it has none.
@@ -162,6 +164,11 @@ impl Engine {
         // Another thread may have been faster; its program is as good.
         Ok(&**inner.vision.get_or_init(|| program))
     }
+}
+
+/// The backend that the options name; the processor where they name none.
+fn backend(options: &EngineOptions, cpu: &Arc<Cpu>) -> Arc<dyn Backend> {
+    options.backend.clone().unwrap_or_else(|| Arc::new(CpuBackend::new(cpu.clone())))
 }
 
 fn text_size(model: &Model, options: &EngineOptions) -> RunSize {

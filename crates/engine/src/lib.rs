@@ -29,6 +29,7 @@ pub use plan::{MemoryPlan, MemoryUse};
 pub use pocketglm_bpe::ContentFormat;
 pub use pocketglm_checkpoint::ReadMode;
 pub use pocketglm_glm::Sampling;
+pub use pocketglm_graph::{Backend, DeviceFault};
 pub use pocketglm_tensor::{DType, KvFormat, Tensor};
 pub use pocketglm_vit::preprocess::{DevicePoint, to_device_pixels};
 pub use prompt::Prompt;

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pocketglm_bpe::ContentFormat;
 use pocketglm_checkpoint::ReadMode;
 use pocketglm_glm::Sampling;
+use pocketglm_graph::Backend;
 use pocketglm_tensor::KvFormat;
 
 /// How far a long step has come.
@@ -41,6 +42,8 @@ pub struct EngineOptions {
     pub kv: KvFormat,
     /// Whether the graph is fused. Off only for comparisons.
     pub fuse: bool,
+    /// What runs the graphs; the processor where none is given.
+    pub backend: Option<Arc<dyn Backend>>,
     /// Hears of loading and encoding.
     pub progress: Option<ProgressFn>,
 }
@@ -57,6 +60,7 @@ impl Default for EngineOptions {
             read_mode: ReadMode::Map,
             kv: KvFormat::default(),
             fuse: true,
+            backend: None,
             progress: None,
         }
     }

@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-use pocketglm_graph::{Bindings, plan_memory};
-use pocketglm_tensor::Cpu;
+use pocketglm_graph::{Backend, Bindings};
 
 use crate::model::Model;
 use crate::{Error, Result};
@@ -107,11 +106,11 @@ fn gathered_bytes(model: &Model, tokens: usize, table: u64) -> u64 {
     table.min(tokens as u64 * (row + FAULT_AROUND_BYTES))
 }
 
-pub(crate) fn plan(model: &Model, cpu: &Cpu, size: &RunSize) -> Result<MemoryPlan> {
+pub(crate) fn plan(model: &Model, backend: &dyn Backend, size: &RunSize) -> Result<MemoryPlan> {
     let chunk = size.chunk.min(size.context).max(1);
     let past = size.context - chunk;
     let visual = if size.patches > 0 { chunk } else { 0 };
-    let text = plan_memory(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context), cpu)?;
+    let text = backend.plan(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
     let mut parts = vec![
         MemoryUse { name: "program", bytes: PROGRAM_BYTES },
         MemoryUse { name: "tokenizer", bytes: model.tokenizer_bytes * TOKENIZER_FACTOR },
@@ -123,7 +122,7 @@ pub(crate) fn plan(model: &Model, cpu: &Cpu, size: &RunSize) -> Result<MemoryPla
     let mut scratch = text.scratch;
     if let Some(vision) = model.vision.as_ref().filter(|_| size.patches > 0) {
         let merge = vision.config.spatial_merge_size;
-        let memory = plan_memory(&vision.graph, &vision_bindings(size.patches, merge, 1), cpu)?;
+        let memory = backend.plan(&vision.graph, &vision_bindings(size.patches, merge, 1))?;
         let row = vision.config.patch_elements() as u64 * 4;
         let tokens = (size.all_patches / (merge * merge)) as u64;
         parts.push(MemoryUse { name: "vision weights", bytes: memory.weights + memory.converted });

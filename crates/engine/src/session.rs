@@ -525,7 +525,6 @@ impl Iterator for Generation<'_> {
 /// A decoder that also names its hidden states, over the same weights. Its cache is in f32, since a trace is made to be
 /// compared with a reference.
 pub(crate) fn tracing_decoder(engine: &Engine) -> Result<Box<dyn Program>> {
-    use pocketglm_graph::Backend;
     let model = &engine.inner.model;
     let graph = crate::model::text_graph(
         &model.text,

@@ -298,6 +298,18 @@ pub fn load_time_values(
     values.into_iter().enumerate().map(|(i, v)| Ok((v, outputs.take(&i.to_string())?))).collect()
 }
 
+/// The values of a weight in f32, checked to be finite.
+///
+/// # Errors
+/// Values that are not finite, and types that are no numbers, naming the tensor.
+pub fn widened_weight(tensor: &Tensor, name: &str) -> Result<AlignedF32> {
+    match hold(tensor, name, false)? {
+        Held::Values(values) => Ok(values),
+        // Nothing is kept as it is stored unless it is asked for.
+        _ => Ok(AlignedF32::default()),
+    }
+}
+
 /// A weight as it will be used: as stored, or widened to f32. Widened values are checked, stored ones when the
 /// results are not finite, because checking them here would read the whole file.
 fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {

@@ -24,7 +24,7 @@ pub use backend::{
     Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState, Running,
 };
 pub use builder::GraphBuilder;
-pub use cpu::{CpuBackend, load_time_values, plan_memory};
+pub use cpu::{CpuBackend, load_time_values, plan_memory, widened_weight};
 pub use dim::{Bindings, Dim, eval_shape, product};
 pub use error::{DeviceFault, Error};
 pub use graph::{Graph, Meta, Node, Value};

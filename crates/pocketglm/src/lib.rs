@@ -26,12 +26,14 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "wgpu")]
+pub mod gpu;
 mod model;
 
 pub use model::{Chat, Model, Prompt};
 pub use pocketglm_engine::{
-    Cancel, Content, ContentFormat, DType, DevicePoint, Engine, EngineOptions, Error, FinishReason,
-    GenerateOptions, Generation, KvFormat, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part,
-    Picture, Piece, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Request, Result, Sampling,
-    Session, Tensor, Timings, Trace, quantise, to_device_pixels,
+    Backend, Cancel, Content, ContentFormat, DType, DeviceFault, DevicePoint, Engine, EngineOptions, Error,
+    FinishReason, GenerateOptions, Generation, KvFormat, MemoryPlan, MemoryUse, Message, ModelInfo,
+    Parameters, Part, Picture, Piece, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Request,
+    Result, Sampling, Session, Tensor, Timings, Trace, quantise, to_device_pixels,
 };

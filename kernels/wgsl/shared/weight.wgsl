@@ -1,5 +1,10 @@
 // A weight matrix [rows, k] in one of the device's formats, the value at (row, k). p has w_kb (blocks of 32 values in a
 // row), w_groups (scales in a row), w_shift (a block's scale is number block >> w_shift), w_factor, w_zero.
+//#if W_VALUES
+// Not a weight but rows that the run computed, from p.table on.
+@group(0) @binding(1) var<storage, read_write> codes: array<f32>;
+fn weight_at(row: u32, k: u32) -> f32 { return codes[p.table + row * p.w_k + k]; }
+//#endif
 //#if W_F32
 @group(0) @binding(1) var<storage, read> codes: array<f32>;
 fn weight_at(row: u32, k: u32) -> f32 { return codes[row * p.w_k + k]; }

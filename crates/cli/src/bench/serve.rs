@@ -55,7 +55,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let start = Instant::now();
     let options = EngineOptions {
         progress: Some(Arc::new(move |progress| hook.hear(progress))),
-        ..args.model.options(&Bars::new(true))
+        ..args.model.options(&Bars::new(true))?
     };
     let model = Model::open_with(&args.model.model, options)?;
     let engine = model.engine();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use pocketglm_glm::{Trace, decoder};
 use pocketglm_graph::passes::{Tap, optimise, tap_linear_inputs};
-use pocketglm_graph::{Backend, Graph, GraphBuilder, Outputs, Program};
+use pocketglm_graph::{Graph, GraphBuilder, Outputs, Program};
 use pocketglm_quant::stats::ChannelStats;
 
 use super::forward::Forward;
@@ -99,7 +99,7 @@ impl Gathered {
         for (name, output) in outputs.0 {
             let input = self.by_output.get(&name).and_then(|&i| self.inputs.get_mut(i));
             if let Some(input) = input {
-                let added = input.stats.add(engine.inner.backend.cpu(), &output.values);
+                let added = input.stats.add(&engine.inner.cpu, &output.values);
                 added.map_err(|source| Error::Statistics { tensor: name, source })?;
             }
         }

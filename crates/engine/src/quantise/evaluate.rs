@@ -194,7 +194,7 @@ fn predictions(
             text.then(|| Some((*prompt.ids.get(next)?, wanted, found, Mutex::default())))?
         })
         .collect();
-    engine.inner.backend.cpu().parallel(rows.len(), &|i| {
+    engine.inner.cpu.parallel(rows.len(), &|i| {
         if let Some((next, wanted, found, out)) = rows.get(i) {
             *out.lock().unwrap_or_else(PoisonError::into_inner) = position(*next, wanted, found);
         }

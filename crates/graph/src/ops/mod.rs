@@ -16,9 +16,9 @@ mod rope;
 mod shape;
 mod softmax;
 mod source;
-mod top_k;
 #[cfg(test)]
 mod tests;
+mod top_k;
 
 use pocketglm_tensor::{Cpu, DType, KvFormat, KvRows, Tensor, Weight};
 

@@ -1,0 +1,100 @@
+//! The backend: an open device that compiles graphs.
+
+use std::sync::Arc;
+
+use pocketglm_graph::ops::Op;
+use pocketglm_graph::{Backend, Bindings, Graph, Program, ProgramMemory, Result, Value};
+use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
+
+use crate::device::Device;
+use crate::options::{GpuInfo, GpuOptions};
+use crate::plan::{PARAMETERS, Places};
+use crate::program::WgpuProgram;
+use crate::state::KvLayout;
+use crate::weights::Form;
+
+/// Runs graphs on a GPU.
+#[derive(Clone)]
+pub struct WgpuBackend {
+    device: Arc<Device>,
+    /// For what is computed once at load time, and for taking formats apart.
+    cpu: Arc<Cpu>,
+}
+
+impl WgpuBackend {
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    /// [`Error::Device`](pocketglm_graph::Error::Device) where there is no such adapter, or it gives no device.
+    pub fn open(cpu: Arc<Cpu>, options: &GpuOptions) -> Result<WgpuBackend> {
+        Ok(WgpuBackend { device: Arc::new(Device::open(options)?), cpu })
+    }
+
+    /// What the adapter is, and what of it is used.
+    pub fn info(&self) -> &GpuInfo {
+        &self.device.info
+    }
+
+    /// Bytes of the buffers that are alive on the device.
+    pub fn allocated(&self) -> u64 {
+        self.device.allocated()
+    }
+
+    /// Destroys the device, as a driver's reset would: for testing how a program recovers. Everything that was made with
+    /// it fails from now on.
+    pub fn destroy(&self) {
+        self.device.device.destroy();
+    }
+}
+
+impl Backend for WgpuBackend {
+    fn describe(&self) -> String {
+        format!("gpu {}", self.device.info)
+    }
+
+    fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
+        memory_of(&self.device, graph, bindings)
+    }
+
+    fn compile(&self, graph: &Graph, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Program>> {
+        Ok(Box::new(WgpuProgram::new(self.device.clone(), &self.cpu, graph.clone(), &*weights)?))
+    }
+}
+
+/// Bytes of a graph on the device, from shapes alone.
+pub(crate) fn memory_of(device: &Device, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
+    let places = Places::new(graph, bindings)?;
+    let mut memory = ProgramMemory { activations: places.total as u64 * 4, ..ProgramMemory::default() };
+    let kept = graph.kept_as_stored();
+    let mut used = vec![false; graph.nodes().len()];
+    for node in graph.nodes().iter().filter(|n| !n.load_time) {
+        node.inputs.iter().for_each(|v| used[v.node()] = true);
+    }
+    for (i, node) in graph.nodes().iter().enumerate().filter(|(i, _)| used[*i]) {
+        let elements: u64 = node.outputs.iter().enumerate().map(|(port, _)| size(&places, i, port)).sum();
+        match &node.op {
+            Op::Weight(w) if kept[i] => {
+                if let (Some(form), &[rows, k]) = (Form::of(w.dtype), w.shape.as_slice()) {
+                    memory.weights += form.bytes(rows, k);
+                }
+            }
+            Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
+            Op::State(s) => {
+                let shape = places.plan.shape(Value::of(i, 0));
+                let format = KvFormat::of(s.dtype).unwrap_or_default();
+                if let &[capacity, heads, d] = shape {
+                    memory.states += KvLayout::new(device, format, heads, d)?.bytes(capacity);
+                }
+            }
+            _ if node.load_time => memory.converted += elements * 4,
+            _ => {}
+        }
+    }
+    // Parameters of the dispatches: a few for each node.
+    memory.scratch = graph.dispatches() as u64 * 4 * PARAMETERS as u64 * 4;
+    Ok(memory)
+}
+
+fn size(places: &Places, node: usize, port: usize) -> u64 {
+    places.plan.shape(Value::of(node, port)).iter().product::<usize>() as u64
+}

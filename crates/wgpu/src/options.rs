@@ -1,0 +1,59 @@
+use std::fmt;
+
+use pocketglm_graph::Result;
+
+use crate::device;
+
+/// How a GPU is chosen and used.
+#[derive(Clone, Debug, Default)]
+pub struct GpuOptions {
+    /// Part of the adapter's name, in any case; the environment variable `POCKETGLM_GPU` where it is not given; without
+    /// both the most capable one.
+    pub adapter: Option<String>,
+    /// Whether an adapter that is a program on the processor may be taken. Off, because it is slower than this
+    /// project's own processor backend; for tests.
+    pub software: bool,
+    /// Most bytes of one binding; the adapter's own limit where it is not given. Lower values split tensors into more
+    /// parts: for tests of what phones need.
+    pub binding_limit: Option<u64>,
+    /// Leaves out what the adapter offers beyond the plain kernels: subgroups, packed byte products, cooperative
+    /// matrices. For tests, and for drivers that get them wrong.
+    pub plain: bool,
+    /// Lets the driver check every index of every kernel: for looking for defects.
+    pub checked: bool,
+}
+
+/// What an adapter is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// Its name.
+    pub name: String,
+    /// Vulkan, Metal, DX12 or WebGPU.
+    pub api: String,
+    /// The driver and its version.
+    pub driver: String,
+    /// Whether it is a program on the processor.
+    pub software: bool,
+    /// Most bytes of one binding.
+    pub binding_limit: u64,
+    /// What it offers that kernels use, such as `subgroups`.
+    pub features: Vec<&'static str>,
+}
+
+impl fmt::Display for GpuInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}, {}", self.name, self.api, self.driver)?;
+        for feature in &self.features {
+            write!(f, ", {feature}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+/// Every adapter of this machine, the ones that [`WgpuBackend::open`](crate::WgpuBackend::open) prefers first.
+///
+/// # Errors
+/// None at present; a machine without adapters gives an empty list.
+pub fn adapters() -> Result<Vec<GpuInfo>> {
+    Ok(device::adapters().iter().map(device::info).collect())
+}

@@ -1,0 +1,138 @@
+//! Where everything of a run lies on the device, and what is dispatched.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use pocketglm_graph::ops::{LinearNorm, Op};
+use pocketglm_graph::{Bindings, Dim, Graph, Node, Plan, Result, Value};
+
+use crate::pipelines::Pipeline;
+
+/// f32 elements of which places are multiples: what every device takes as the beginning of a binding.
+pub(crate) const ALIGN: usize = 64;
+
+/// Places of all values of a run: inputs and what the host computes first, then the intermediates of the plan.
+pub(crate) struct Places {
+    pub plan: Plan,
+    /// Where the values begin that the host writes, by node.
+    pub written: HashMap<usize, usize>,
+    /// Where the plan's own arena begins.
+    start: usize,
+    /// f32 elements of all.
+    pub total: usize,
+}
+
+/// Whether the host writes the results of this node.
+pub(crate) fn is_written(op: &Op) -> bool {
+    matches!(op, Op::Input(_) | Op::RopeTable(_))
+}
+
+pub(crate) fn padded(elements: usize) -> usize {
+    elements.next_multiple_of(ALIGN)
+}
+
+impl Places {
+    pub fn new(graph: &Graph, bindings: &Bindings) -> Result<Places> {
+        let plan = Plan::aligned(graph, bindings, ALIGN, &scratch)?;
+        let (mut written, mut at) = (HashMap::new(), 0usize);
+        for (i, node) in graph.nodes().iter().enumerate().filter(|(_, n)| is_written(&n.op) && !n.load_time) {
+            let _ = node;
+            written.insert(i, at);
+            let elements: usize = plan.shape(Value::of(i, 0)).iter().product();
+            at = at.saturating_add(padded(elements).max(ALIGN));
+        }
+        let total = at.saturating_add((plan.arena_bytes() / 4) as usize).max(ALIGN);
+        Ok(Places { plan, written, start: at, total })
+    }
+
+    /// The element of the arena where a value begins, where it lies there.
+    pub fn start(&self, value: Value) -> Option<usize> {
+        let (root, offset) = self.plan.root(value);
+        let start = match self.written.get(&root.node()) {
+            Some(at) => *at,
+            None => self.start + self.plan.arena_start(root)?,
+        };
+        Some(start + offset)
+    }
+
+    /// Where the working memory of a node begins.
+    pub fn scratch(&self, node: usize) -> usize {
+        self.start + self.plan.scratch_of(node).start
+    }
+}
+
+/// Working memory of a node's kernels, in f32 elements: the normed rows, then both halves of a SwiGLU.
+fn scratch(node: &Node, inputs: &[Vec<usize>], outputs: &[Vec<usize>]) -> usize {
+    let size = |shape: &[usize]| shape.iter().product::<usize>();
+    let normed = |norm: &Option<LinearNorm>| norm.map_or(0, |_| padded(size(&inputs[0])));
+    match &node.op {
+        Op::Linear(l) if l.activation == pocketglm_graph::ops::Activation::SwiGlu => {
+            normed(&l.norm) + 2 * padded(size(&outputs[0])).saturating_add(ALIGN)
+        }
+        Op::Linear(l) => normed(&l.norm),
+        Op::Qkv(q) => normed(&q.norm),
+        _ => 0,
+    }
+}
+
+/// What is bound to one number of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Slot {
+    /// Bytes of the arena.
+    Arena { at: u64, bytes: u64 },
+    /// A vector or table in f32 that the program holds.
+    Vector(Value),
+    /// Array `which` (codes, scales, offsets) of part `part` of the matrix of a node.
+    Matrix { node: usize, part: usize, which: usize },
+    /// A state.
+    State(usize),
+}
+
+/// One number that a kernel is given.
+#[derive(Clone, Debug)]
+pub(crate) enum Word {
+    U(u32),
+    F(f32),
+    /// Known when a run begins.
+    D(Dim),
+}
+
+impl From<usize> for Word {
+    fn from(n: usize) -> Word {
+        // Sizes of bindings are below 2^32 bytes; a larger number is refused where it is bound.
+        Word::U(u32::try_from(n).unwrap_or(u32::MAX))
+    }
+}
+
+impl From<f32> for Word {
+    fn from(x: f32) -> Word {
+        Word::F(x)
+    }
+}
+
+impl From<&Dim> for Word {
+    fn from(d: &Dim) -> Word {
+        Word::D(d.clone())
+    }
+}
+
+/// Words of a kernel's parameters: a slot of the uniform buffer.
+pub(crate) const PARAMETERS: usize = 64;
+
+/// One dispatch.
+pub(crate) struct Step {
+    pub node: usize,
+    pub pipeline: Arc<Pipeline>,
+    pub slots: Vec<(u32, Slot)>,
+    pub words: Vec<Word>,
+    /// Workgroups.
+    pub groups: u64,
+}
+
+/// Everything of a run for one set of sizes.
+pub(crate) struct Recipe {
+    pub places: Places,
+    pub steps: Vec<Step>,
+    /// Bytes of each slot of the uniform buffer.
+    pub stride: u64,
+}
