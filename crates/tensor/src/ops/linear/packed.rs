@@ -461,9 +461,16 @@ impl Unpack<'_> {
                     d.prefetch(codes.wrapping_add(AHEAD + line));
                 }
                 let q = unit::<D, BITS>(d, codes, l.format.table);
-                for s in 0..8 {
-                    let at = ((i * 8 + s) * self.to.panels + self.place) * 64;
-                    d.store_q(self.to.codes.add(at), q[s]);
+                if D::PAIRS {
+                    // One panel to a tile, so eight steps of it lie together.
+                    for s in 0..4 {
+                        d.store_eight(self.to.codes.add((i * 4 + s) * 128), [q[2 * s], q[2 * s + 1]]);
+                    }
+                } else {
+                    for s in 0..8 {
+                        let at = ((i * 8 + s) * self.to.panels + self.place) * 64;
+                        d.store_q(self.to.codes.add(at), q[s]);
+                    }
                 }
                 let header = Header::new(d, l, span);
                 for half in 0..if self.group == 16 { 2 } else { 1 } {
@@ -590,7 +597,12 @@ impl Tiles<'_> {
                             acc[i] = [d.splat_i(sums.add(i).cast::<i32>().read()); NP];
                         }
                     }
-                    for _ in 0..group / 16 {
+                    if D::PAIRS && NP == 1 {
+                        pairs::<D, R, NP>(d, &mut acc, codes, x, group / 8);
+                        codes = codes.add(16 * group);
+                        x = x.add(R * group / 4);
+                    }
+                    for _ in 0..if D::PAIRS && NP == 1 { 0 } else { group / 16 } {
                         for _ in 0..4 {
                             let mut w = [d.load_q(codes); NP];
                             for j in 1..NP {
@@ -662,6 +674,45 @@ impl Tiles<'_> {
                 block_scales = block_scales.add(R);
                 done += block;
             }
+        }
+    }
+}
+
+/// Adds `eights` times eight steps to the sums of one panel, two rows of `x` at a time; one row alone is taken twice.
+///
+/// # Safety
+/// Codes as [`Dots::store_eight`] stored them, and as many steps of `R` rows of `x`.
+#[inline(always)]
+unsafe fn pairs<D: Dots, const R: usize, const NP: usize>(
+    d: D,
+    acc: &mut [[D::I; NP]; R],
+    codes: *const u8,
+    x: *const i32,
+    eights: usize,
+) {
+    let mut sums = [[d.splat_i(0); 2]; 3];
+    for (pair, i) in sums.iter_mut().zip((0..R).step_by(2)) {
+        *pair = d.join([acc[i][0], acc[(i + 1).min(R - 1)][0]]);
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        for s in 0..eights {
+            let w = codes.add(128 * s);
+            let x = [x.add(2 * s * R), x.add((2 * s + 1) * R)];
+            if R == 1 {
+                let twice = x.map(|x| [*x; 2]);
+                sums[0] = d.dot_pair(sums[0], w, [twice[0].as_ptr(), twice[1].as_ptr()]);
+            }
+            for i in 0..R / 2 {
+                sums[i] = d.dot_pair(sums[i], w, [x[0].add(2 * i), x[1].add(2 * i)]);
+            }
+        }
+    }
+    for (pair, i) in sums.iter().zip((0..R).step_by(2)) {
+        let [first, second] = d.split(*pair);
+        acc[i][0] = first;
+        if i + 1 < R {
+            acc[i + 1][0] = second;
         }
     }
 }
@@ -940,8 +991,11 @@ fn gemm(
                                 Unpack { packed, panel, first, units, group, to: single, place: 0 },
                             );
                             let minima = x.shape.zero.is_none();
+                            let pairs = dot::pairs(isa);
                             // SAFETY: both lie in this task's memory.
-                            unsafe { copy_lane(single, row % LANES, to, place, lane, steps, group, minima) };
+                            unsafe {
+                                copy_lane(single, row % LANES, to, place, lane, steps, group, minima, pairs);
+                            }
                         }
                     }
                 }
@@ -969,12 +1023,17 @@ unsafe fn copy_lane(
     steps: usize,
     group: usize,
     minima: bool,
+    pairs: bool,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's promise. Where pairs are multiplied, eight steps of a row lie together; there is one panel.
     unsafe {
+        let at = |s: usize, panel: usize, lane: usize| match pairs {
+            true => s / 2 * 128 + 8 * lane + 4 * (s % 2),
+            false => panel * 64 + 4 * lane,
+        };
         for s in 0..steps / 4 {
-            let four = from.codes.add(s * 64 + 4 * row).cast::<[u8; 4]>().read();
-            to.codes.add((s * to.panels + place) * 64 + 4 * lane).cast::<[u8; 4]>().write(four);
+            let four = from.codes.add(at(s, s, row)).cast::<[u8; 4]>().read();
+            to.codes.add(at(s, s * to.panels + place, lane)).cast::<[u8; 4]>().write(four);
         }
         for g in 0..steps.div_ceil(group) {
             let (source, target) = (g * LANES + row, (g * to.panels + place) * LANES + lane);
