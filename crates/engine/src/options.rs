@@ -6,6 +6,8 @@ use pocketglm_checkpoint::ReadMode;
 use pocketglm_glm::Sampling;
 use pocketglm_tensor::KvFormat;
 
+use crate::quantise::Simulation;
+
 /// How far a long step has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -41,6 +43,8 @@ pub struct EngineOptions {
     pub kv: KvFormat,
     /// Whether the graph is fused. Off only for comparisons.
     pub fuse: bool,
+    /// Makes the model compute, in f32, what it would as a file of this policy: slow and large, for judging policies.
+    pub simulate: Option<Simulation>,
     /// Hears of loading and encoding.
     pub progress: Option<ProgressFn>,
 }
@@ -57,6 +61,7 @@ impl Default for EngineOptions {
             read_mode: ReadMode::Map,
             kv: KvFormat::default(),
             fuse: true,
+            simulate: None,
             progress: None,
         }
     }

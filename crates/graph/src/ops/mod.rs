@@ -12,6 +12,7 @@ mod linear;
 mod matmul;
 mod norm;
 mod qkv;
+mod quantise;
 mod rope;
 mod shape;
 mod softmax;
@@ -30,6 +31,7 @@ pub use linear::{Activation, Linear, LinearNorm};
 pub use matmul::MatMul;
 pub use norm::{LayerNorm, NormAdd, RmsNorm};
 pub use qkv::{Qkv, QkvRope};
+pub use quantise::QuantDequant;
 pub use rope::{Rope, RopeLayout, RopeTable};
 pub use shape::{Concat, Permute, Reshape, Slice};
 pub use softmax::{Softmax, SoftmaxMask};
@@ -72,6 +74,7 @@ pub enum Op {
     Qkv(Qkv),
     Attention(Attention),
     NormAdd(NormAdd),
+    QuantDequant(QuantDequant),
 }
 
 /// Work of one call: what a roofline is computed from.
@@ -269,6 +272,7 @@ impl Op {
             Op::Qkv(o) => o,
             Op::Attention(o) => o,
             Op::NormAdd(o) => o,
+            Op::QuantDequant(o) => o,
         }
     }
 

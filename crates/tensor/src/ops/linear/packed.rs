@@ -11,7 +11,7 @@
 use super::rows::{Rows, Store};
 use crate::ops::SharedMut;
 use crate::ops::gemm::FinishRows;
-use crate::packed::{IQ4_TABLE, Layout, Packed, ScaleKind, UNIT, ZeroKind};
+use crate::packed::{IQ4_TABLE, Layout, Packed, PackedFormat, ScaleKind, UNIT, ZeroKind};
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::{Cpu, Isa, Result, Weight};
 
@@ -39,19 +39,25 @@ pub(super) struct Shape {
     group: usize,
     /// The zero point, where all groups have the same.
     zero: Option<i32>,
+    /// Bits of the largest magnitude of `x`, where it was fixed beforehand: then all blocks have one scale.
+    range: Option<u32>,
 }
 
 impl Shape {
     pub(super) fn of(isa: Isa, packed: &Packed) -> Shape {
         let l = &packed.layout;
-        // Codes of eight bits deserve finer steps of x.
-        let block = if l.format.bits == 8 { 32 } else { 128 };
+        let block = block_of(l.format);
         let zero = match l.format.zero {
             ZeroKind::Fixed(zero) => Some(i32::from(zero) - bias(isa, l)),
             _ => None,
         };
-        Shape { block, group: l.group.min(block), zero }
+        Shape { block, group: l.group.min(block), zero, range: packed.input_range().map(f32::to_bits) }
     }
+}
+
+/// Steps of `x` that share a scale: codes of eight bits deserve finer ones.
+fn block_of(format: PackedFormat) -> usize {
+    if format.bits == 8 { 32 } else { 128 }
 }
 
 /// Whether codes, as they are multiplied, need all eight bits.
@@ -115,10 +121,11 @@ impl DotKernel for Quantise<'_> {
     fn run<D: Dots>(self, _: D) {
         let Quantise { x, values, k, first, rows } = self;
         let (block, group) = (x.shape.block, x.shape.group);
+        let range = x.shape.range.map(f32::from_bits);
         for (i, row) in values.chunks_exact(k).enumerate() {
             for (b, part) in row.chunks(block).enumerate() {
                 let mut codes = [0i8; 128];
-                let scale = quantise(part, &mut codes);
+                let scale = quantise(part, range, &mut codes);
                 // SAFETY: the tile's places in buffers that `X::floats` sized; nobody else has this tile.
                 unsafe {
                     *x.scales.at(first * x.blocks + b * rows + i) = scale;
@@ -141,9 +148,10 @@ impl DotKernel for Quantise<'_> {
     }
 }
 
-/// Codes `round(v / scale)` in -127..=127, and the scale; NaN where a value is not finite.
+/// Codes `round(v / scale)` in -127..=127, and the scale: that of the largest magnitude, or of `range`, beyond which
+/// values are cut off. NaN where a value is not finite.
 #[inline(always)]
-fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
+fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; 128]) -> f32 {
     let (mut most, mut finite) = (0f32, true);
     for v in values {
         let size = v.abs();
@@ -153,13 +161,21 @@ fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
     if !finite {
         return f32::NAN;
     }
-    let scale = most / 127.0;
-    let inverse = if scale > 0.0 { 127.0 / most } else { 0.0 };
+    let limit = range.unwrap_or(most);
+    let scale = limit / 127.0;
+    let inverse = if scale > 0.0 { 127.0 / limit } else { 0.0 };
     // A subnormal maximum has no finite inverse; such values are lost in any sum.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    for (c, v) in codes.iter_mut().zip(values) {
-        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-        *c = (v * inverse + 12_582_912.0).to_bits() as i8;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    let code = |v: f32| (v + 12_582_912.0).to_bits() as i8;
+    if most > limit {
+        for (c, v) in codes.iter_mut().zip(values) {
+            *c = code((v * inverse).clamp(-127.0, 127.0));
+        }
+    } else {
+        for (c, v) in codes.iter_mut().zip(values) {
+            *c = code(v * inverse);
+        }
     }
     scale
 }
@@ -844,7 +860,7 @@ fn scratch_of(cpu: &Cpu, shape: Shape, m: usize, k: usize, chunk: usize) -> [usi
 
 /// The most scratch memory, in bytes, that quantised parts take for `m` rows of `k`.
 pub(super) fn scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
-    let shape = Shape { block: 32, group: 16, zero: None };
+    let shape = Shape { block: 32, group: 16, zero: None, range: None };
     4 * scratch_of(cpu, shape, m, k, MAX_CHUNK).iter().sum::<usize>()
 }
 
@@ -1045,14 +1061,15 @@ unsafe fn copy_lane(
     }
 }
 
-/// `x` as [`linear`] sees it for these weights: quantised and back.
-pub(super) fn rounded(isa: Isa, x: &[f32], k: usize, packed: &Packed) -> Vec<f32> {
-    let block = Shape::of(isa, packed).block;
-    let mut out = Vec::with_capacity(x.len());
-    for part in x.chunks(k.max(1)).flat_map(|row| row.chunks(block)) {
-        let mut codes = [0i8; 128];
-        let scale = quantise(part, &mut codes);
-        out.extend(codes.iter().take(part.len()).map(|&c| f32::from(c) * scale));
+/// Rows of `k` values of `x` as [`linear`] sees them for weights of a format whose input has this range, if it is fixed:
+/// quantised and back.
+pub(super) fn rounded(x: &[f32], k: usize, format: PackedFormat, range: Option<f32>, out: &mut [f32]) {
+    let (k, block) = (k.max(1), block_of(format));
+    for (row, out) in x.chunks(k).zip(out.chunks_mut(k)) {
+        for (part, out) in row.chunks(block).zip(out.chunks_mut(block)) {
+            let mut codes = [0i8; 128];
+            let scale = quantise(part, range, &mut codes);
+            out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code) * scale);
+        }
     }
-    out
 }
