@@ -67,7 +67,7 @@ pub fn tensor_range(file: &[u8], name: &str) -> Range<usize> {
 type Stored = (Dtype, Vec<usize>, Vec<u8>);
 
 /// The file with its tensors changed.
-fn edited(file: &[u8], change: impl FnOnce(&mut BTreeMap<String, Stored>)) -> Vec<u8> {
+pub fn edited(file: &[u8], change: impl FnOnce(&mut BTreeMap<String, Stored>)) -> Vec<u8> {
     let tensors = SafeTensors::deserialize(file).unwrap();
     let stored = |t: &TensorView<'_>| (t.dtype(), t.shape().to_vec(), t.data().to_vec());
     let mut all: BTreeMap<String, Stored> =

@@ -26,6 +26,8 @@ mod parity;
 #[cfg(test)]
 mod pictures;
 #[cfg(test)]
+mod precision;
+#[cfg(test)]
 mod quantise;
 #[cfg(test)]
 mod support;

@@ -39,7 +39,7 @@ fn error<T>(result: Result<T>) -> Error {
 }
 
 /// Words in any order, a request with a picture, and token ids.
-fn samples(folder: &Folder, name: &str, seed: u64, prompts: usize) -> Samples {
+pub fn samples(folder: &Folder, name: &str, seed: u64, prompts: usize) -> Samples {
     const WORDS: &str = "the quick fox opens settings and taps on wifi then scrolls down to find battery usage \
         please answer with action tap element swipe 打开 设置 点击 按钮 搜索 天气 今天";
     let words: Vec<&str> = WORDS.split_whitespace().collect();

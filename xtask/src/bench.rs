@@ -7,6 +7,7 @@ mod kernels;
 mod measure;
 mod models;
 mod peer;
+mod quality;
 mod report;
 mod resident;
 #[path = "../../crates/tensor/benches/samples/mod.rs"]
@@ -40,7 +41,7 @@ pub struct Arguments {
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Section>,
     /// The program of bench/peers, which runs llama.cpp.
-    #[arg(long, requires = "gguf", conflicts_with = "quick")]
+    #[arg(long, conflicts_with = "quick")]
     peer: Option<PathBuf>,
     /// GGUF files that both sides run.
     #[arg(long, num_args = 1.., requires = "peer")]
@@ -68,6 +69,8 @@ enum Section {
     Models,
     /// Models against llama.cpp on the same files.
     Peer,
+    /// Our quantised files beside those of llama.cpp's quantiser, and the vision encoder by format.
+    Quality,
 }
 
 fn size(text: &str) -> Result<(u32, u32), String> {
@@ -97,9 +100,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if wanted(Section::Peer) && arguments.peer.is_some() {
         let program = models::build_program()?;
         let conditions = conditions(&cpu, rounds);
-        peer::run(&cpu, &program, arguments, &mut |text| {
-            report.put(TITLES[2], format!("{conditions}{text}"))
+        peer::run(&cpu, &program, arguments, &mut |intro, heading, text| {
+            report.put_part(TITLES[2], intro, heading, &format!("{conditions}{text}"))
         })?;
+    }
+    if wanted(Section::Quality) && !arguments.quick {
+        let conditions = conditions(&cpu, 1);
+        report.put(TITLES[3], conditions + &quality::section(arguments.peer.as_deref(), false)?)?;
     }
     match report.path() {
         Some(path) => repo::print(&format!("written to {}\n", path.display())),
@@ -146,10 +153,10 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_needs_files_and_files_need_a_peer() {
+    fn files_need_a_peer() {
         let all = parse(&["--peer", "p", "--gguf", "a", "b", "--own", "c", "--vision", "56x84"]).unwrap();
         assert_eq!((all.gguf.len(), all.own.len(), all.vision), (2, 1, (56, 84)));
-        assert!(parse(&["--peer", "p"]).is_err_and(|e| e.contains("--gguf")));
+        assert!(parse(&["--peer", "p"]).unwrap().gguf.is_empty(), "the peer quantises without files");
         assert!(parse(&["--gguf", "a"]).is_err_and(|e| e.contains("--peer")));
         assert!(parse(&["--peer", "p", "--gguf", "a", "--quick"]).is_err());
         assert!(parse(&["--vision", "0x5"]).is_err_and(|e| e.contains("is no size")));

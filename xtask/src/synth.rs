@@ -43,6 +43,12 @@ pub struct Arguments {
     /// Type of the weights.
     #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
     dtype: DType,
+    /// How much the channels of norms differ: their standard deviation around 1.
+    #[arg(long, default_value_t = 0.05)]
+    norm_std: f32,
+    /// Leave the weights as holes of the file: for `info` and `quantize --dry-run`.
+    #[arg(long)]
+    sparse: bool,
     /// Equal seeds make equal files.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -86,7 +92,7 @@ fn write(arguments: &Arguments) -> Result<Written> {
 
     let mut tensors = model.decoder(arguments.dtype)?.weights();
     tensors.extend(model.encoder(arguments.dtype)?.weights());
-    let tensors: Vec<(TensorInfo, Fill)> = tensors.into_iter().map(|t| (t.clone(), fill(&t))).collect();
+    let tensors: Vec<(TensorInfo, Fill)> = tensors.into_iter().map(|t| (t.clone(), fill(&t, arguments))).collect();
     let count = |t: &TensorInfo| t.bytes() as u64;
     let written = Written { tensors: tensors.len(), bytes: tensors.iter().map(|(t, _)| count(t)).sum() };
 
@@ -163,7 +169,10 @@ fn shortened(config: &Value, arguments: &Arguments) -> Result<Value> {
 }
 
 /// Values that keep activations near unit size from layer to layer, in every type.
-fn fill(tensor: &TensorInfo) -> Fill {
+fn fill(tensor: &TensorInfo, arguments: &Arguments) -> Fill {
+    if arguments.sparse {
+        return Fill::Hole;
+    }
     let name = tensor.name.as_str();
     if name.ends_with(".bias") {
         return Fill::Normal { std: 0.02 };
@@ -176,7 +185,7 @@ fn fill(tensor: &TensorInfo) -> Fill {
         return Fill::Normal { std: 0.02 };
     }
     match tensor.shape.get(1..) {
-        Some([]) | None => Fill::NormalAround { mean: 1.0, std: 0.05 },
+        Some([]) | None => Fill::NormalAround { mean: 1.0, std: arguments.norm_std },
         Some(rest) => {
             let inputs: usize = rest.iter().product();
             Fill::Normal { std: 1.0 / (inputs.max(1) as f32).sqrt() }
@@ -227,6 +236,8 @@ mod tests {
             layers: Some(2),
             vision_layers: Some(1),
             dtype: DType::F16,
+            norm_std: 0.05,
+            sparse: false,
             seed: 7,
         }
     }
@@ -262,6 +273,26 @@ mod tests {
         assert_ne!(bytes(&a), bytes(&c));
         let error = write(&arguments("tests/golden/bf16", &a)).unwrap_err().to_string();
         assert!(error.contains("model.safetensors"), "{error}");
+    }
+
+    /// What issues of quantisation promise of the 9.4 B decoder with its head and vision encoder, in parts of f32.
+    #[test]
+    fn the_true_model_takes_the_promised_part_of_its_f32_size() {
+        use pocketglm::quantise::{Policy, QuantiseOptions, Quantiser};
+        let out = Folder::new("sizes");
+        let all = Arguments { layers: None, vision_layers: None, sparse: true, ..arguments("models/autoglm-phone-9b", &out) };
+        let written = write(&Arguments { dtype: DType::BF16, ..all }).unwrap();
+        assert_eq!((written.tensors, written.bytes), (704, 20_585_554_944));
+        for (policy, most) in
+            [("int8", 0.255), ("int4-g64", 0.135), ("int2-g64", 0.085), ("int2-g64-asym", 0.085), ("Q8_0", 0.27)]
+        {
+            let options = QuantiseOptions::new(Policy::load(policy).unwrap());
+            let plan = Quantiser::open(&out.0, options).unwrap().plan().clone();
+            let part = plan.bytes() as f64 / (4 * plan.elements()) as f64;
+            println!("{policy}: {} bytes, {:.2} % of f32", plan.bytes(), 100.0 * part);
+            assert_eq!(plan.elements(), 10_292_777_472);
+            assert!(part <= most && part > 0.8 * most, "{policy}: {part}");
+        }
     }
 
     #[test]

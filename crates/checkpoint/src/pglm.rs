@@ -8,7 +8,8 @@
 //! * `pglm.tensors`: a JSON object of every tensor but the fillers: its format's name (`dtype`), its shape, the order
 //!   of its bytes (`layout`), and the SHA-256 of its bytes. The layout is `rows`, row after row as [`DType`] describes,
 //!   or `panels-16`, as the kernels read it ([`Packed`]): then loading is a map. Matrices are written in panels, but
-//!   not the embedding table, of which rows are read;
+//!   not the embedding table, of which rows are read. A matrix in panels may have an `input_range`: the largest magnitude
+//!   of its input, whose scale is then fixed;
 //! * `pglm.policy`, `pglm.calibration`: how the model was quantised, where that is known;
 //! * `pglm.header`: the SHA-256 of the header with these 64 digits as zeros.
 
@@ -61,6 +62,9 @@ struct Row {
     shape: Vec<usize>,
     layout: String,
     sha256: String,
+    /// The largest magnitude of what the matrix is multiplied with, where it is fixed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    input_range: Option<f32>,
 }
 
 /// The digits of a hash.
@@ -231,7 +235,11 @@ impl PglmFile {
         };
         let (Some(format), &[rows, k]) = (PackedFormat::of(*dtype), &row.shape[..]) else { return Ok(None) };
         let bytes = self.file.get(name)?.shared_bytes();
-        Packed::from_bytes(format, rows, k, bytes).map(Some).map_err(|e| self.wrong(name, e.to_string()))
+        let packed = Packed::from_bytes(format, rows, k, bytes).and_then(|packed| match row.input_range {
+            Some(range) => packed.with_input_range(range),
+            None => Ok(packed),
+        });
+        packed.map(Some).map_err(|e| self.wrong(name, e.to_string()))
     }
 
     /// Reads every tensor and looks for NaN and infinity, in quantised tensors among the scales.
@@ -347,6 +355,11 @@ fn check_row(file: &SafetensorsFile, name: &str, row: &Row) -> Result<DType, Str
     if !is_weight(name) && (dtype != DType::U8 || row.shape.len() != 1) {
         return Err("a side file must be one run of bytes".into());
     }
+    if let Some(range) = row.input_range
+        && (row.layout != PANELS || !(range > 0.0 && range.is_finite()))
+    {
+        return Err(format!("an input range of {range}, expected a number above 0 and the layout {PANELS}"));
+    }
     if row.sha256.len() != NO_HASH.len() {
         return Err(format!("the hash `{}`, expected 64 digits", shown(&row.sha256)));
     }
@@ -382,6 +395,8 @@ pub struct PglmContents<'a> {
     pub policy: Option<&'a str>,
     /// What the model was calibrated with.
     pub calibration: Option<&'a str>,
+    /// The largest magnitude of a matrix's input, by the matrix's name, where its scale is to be fixed.
+    pub input_ranges: BTreeMap<String, f32>,
     /// More strings for `__metadata__`, under keys that do not begin with `pglm.`.
     pub extra: BTreeMap<String, String>,
 }
@@ -446,6 +461,7 @@ struct Part {
     hash: Option<Sha256>,
     digest: String,
     layout: &'static str,
+    input_range: Option<f32>,
     /// Rows that were packed, and bytes of rows that wait for a panel to be full.
     packed_rows: usize,
     pending: Vec<u8>,
@@ -631,6 +647,7 @@ impl PglmWriter {
                 shape: part.shape.clone(),
                 layout: part.layout.to_owned(),
                 sha256: part.digest.clone(),
+                input_range: part.input_range,
             };
             table.insert(part.name.clone(), serde_json::to_value(row).map_err(wrong)?);
         }
@@ -722,10 +739,16 @@ fn plan(contents: &PglmContents<'_>) -> Result<(Vec<Part>, HashMap<String, usize
             hash,
             digest: NO_HASH.to_owned(),
             layout,
+            input_range: None,
             packed_rows: 0,
             pending: Vec::new(),
         };
-        parts.push(part(info.name, info.dtype, info.shape, at, end, Some(Sha256::new())));
+        let input_range = contents.input_ranges.get(&info.name).copied();
+        if input_range.is_some_and(|range| layout != PANELS || !(range > 0.0 && range.is_finite())) {
+            return Err(format!("tensor `{name}` cannot have an input range of {input_range:?}"));
+        }
+        let stated = part(info.name, info.dtype, info.shape, at, end, Some(Sha256::new()));
+        parts.push(Part { input_range, ..stated });
         at = end.next_multiple_of(ALIGNMENT);
         if at > end {
             let shape = vec![(at - end) as usize];

@@ -33,6 +33,8 @@ pub enum Fill {
     },
     /// One value.
     Constant(f32),
+    /// Zeros that take no room in file systems that have holes: for what reads headers alone.
+    Hole,
 }
 
 /// Bytes made and written at a time: whole elements of every type, and small enough for a cache.
@@ -92,6 +94,13 @@ pub fn write(
         let infos: Vec<TensorInfo> = shard.iter().map(|(info, _, _)| (*info).clone()).collect();
         let mut writer = SafetensorsWriter::create(&folder.join(&name), &infos, &metadata)?;
         for (info, fill, bytes) in *shard {
+            weight_map.insert(info.name.clone(), name.clone().into());
+            if *fill == Fill::Hole {
+                writer.leave_zeros(&info.name)?;
+                done += bytes;
+                progress(done, total);
+                continue;
+            }
             let mut values = Values::new(seed, info, *fill);
             let mut left = *bytes;
             while left > 0 {
@@ -101,7 +110,6 @@ pub fn write(
                 done += n;
                 progress(done, total);
             }
-            weight_map.insert(info.name.clone(), name.clone().into());
         }
         writer.finish()?;
     }
@@ -156,6 +164,7 @@ impl Values {
             Fill::Normal { std } => std * normal_levels()[i],
             Fill::NormalAround { mean, std } => mean + std * normal_levels()[i],
             Fill::Constant(value) => value,
+            Fill::Hole => 0.0,
         };
         let table = match info.dtype {
             DType::F16 => {

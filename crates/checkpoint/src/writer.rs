@@ -83,6 +83,23 @@ impl SafetensorsWriter {
         Ok(())
     }
 
+    /// Leaves what a tensor still lacks as zeros, in file systems that have holes without taking room.
+    ///
+    /// # Errors
+    /// [`Error::Write`] for a tensor that was not declared; [`Error::Io`].
+    pub fn leave_zeros(&mut self, tensor: &str) -> Result<()> {
+        let Some(place) = self.places.get_mut(tensor) else {
+            let what = format!("tensor `{}` was not declared", shown(tensor));
+            return Err(Error::Write { path: self.path.clone(), what });
+        };
+        place.written = place.length;
+        let end = place.begin + place.length;
+        self.file.out.flush().map_err(io_error("write", &self.path))?;
+        let file = self.file.out.get_ref();
+        let length = file.metadata().map_err(io_error("inspect", &self.path))?.len();
+        file.set_len(length.max(end)).map_err(io_error("lengthen", &self.path))
+    }
+
     /// Syncs the file and gives it its final name.
     ///
     /// # Errors

@@ -130,6 +130,7 @@ impl ModelArgs {
             },
             kv: self.kv.into(),
             fuse: !self.no_fuse,
+            simulate: None,
             progress: bars.hook(),
         })
     }

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use clap::Args;
 use pocketglm::Error;
-use pocketglm::quantise::{EvalOptions, Evaluation, Reference, Samples, evaluate};
+use pocketglm::quantise::{EvalOptions, Evaluation, Policy, Reference, Samples, Simulation, evaluate};
 use serde_json::{Value, json};
 
-use crate::args::{RunArgs, positive};
+use crate::args::{Kv, RunArgs, positive};
 use crate::failure::Failure;
 use crate::interrupt::{INTERRUPTED, Interrupt};
 use crate::output::{Out, complain, human, thousands};
@@ -19,8 +19,18 @@ use crate::progress::{Bars, Work};
 #[derive(Args, Debug)]
 pub struct EvalArgs {
     /// The model to judge: checkpoint folder, GGUF or .pglm file. May be given several times.
-    #[arg(long, value_name = "PATH", required = true)]
+    #[arg(long, value_name = "PATH", required_unless_present = "policy")]
     model: Vec<PathBuf>,
+    /// A policy to judge on the reference's weights without writing a file: a name or a file, as for `quantize`. Slow and
+    /// large: it computes in f32. May be given several times.
+    #[arg(long, value_name = "NAME|FILE")]
+    policy: Vec<String>,
+    /// Calibration table of the reference: judges the policies with inputs of fixed ranges.
+    #[arg(long, value_name = "FILE", requires = "policy")]
+    static_inputs: Option<PathBuf>,
+    /// How the judged models store keys and values; the reference has f32.
+    #[arg(long, value_enum, default_value_t = Kv::F32)]
+    kv: Kv,
     /// The model that it was made of.
     #[arg(long, value_name = "PATH")]
     reference: PathBuf,
@@ -45,8 +55,16 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
     let samples = Samples::read(&args.samples)?;
     let work = Work::new(args.run.quiet || args.json, false);
     let interrupt = Interrupt::install(&Bars::new(true))?;
-    let options =
-        EvalOptions { engine: args.run.options(&work), window: args.window, cancel: interrupt.begin() };
+    let simulation = |name: &String| -> Result<Simulation, Failure> {
+        Ok(Simulation { policy: Policy::load(name)?, static_inputs: args.static_inputs.clone() })
+    };
+    let options = EvalOptions {
+        engine: args.run.options(&work),
+        window: args.window,
+        kv: args.kv.into(),
+        simulate: args.policy.iter().map(simulation).collect::<Result<_, _>>()?,
+        cancel: interrupt.begin(),
+    };
     let compared = evaluate(&args.model, &args.reference, &samples, &options);
     work.clear();
     let (reference, models) = match compared {
@@ -101,6 +119,18 @@ fn table(reference: &Reference, models: &[Evaluation]) -> String {
     }
     let positions = models.first().map_or(0, |m| m.positions);
     lines.push(format!("{} predictions of text tokens", thousands(positions)));
+    if let Some(of) = models.iter().find_map(|m| m.pictures) {
+        lines.push(format!(
+            "\n{:width$}  {:>11}  {:>9}  {:>12}",
+            "pictures, encoded", "relative L2", "cosine", "least cosine"
+        ));
+        for m in models {
+            let Some(p) = m.pictures else { continue };
+            let (name, l2) = (name(&m.path), p.relative_l2);
+            lines.push(format!("{name:width$}  {l2:>11.2e}  {:>9.6}  {:>12.6}", p.cosine, p.least_cosine));
+        }
+        lines.push(format!("{} rows of {} pictures", thousands(of.rows), thousands(of.pictures)));
+    }
     lines.join("\n")
 }
 
@@ -116,6 +146,13 @@ fn report(reference: &Reference, models: &[Evaluation], samples: &Samples) -> Va
             "kl_99": m.kl_99,
             "kl_max": m.kl_max,
             "same_top": m.same_top,
+            "pictures": m.pictures.map(|p| json!({
+                "pictures": p.pictures,
+                "rows": p.rows,
+                "relative_l2": p.relative_l2,
+                "cosine": p.cosine,
+                "least_cosine": p.least_cosine,
+            })),
         })
     };
     json!({
@@ -132,6 +169,8 @@ fn report(reference: &Reference, models: &[Evaluation], samples: &Samples) -> Va
 
 #[cfg(test)]
 mod tests {
+    use pocketglm::quantise::PictureDifference;
+
     use super::*;
 
     #[test]
@@ -148,12 +187,24 @@ mod tests {
             kl_99: 0.01,
             kl_max: 0.02,
             same_top: 0.987,
+            pictures: Some(PictureDifference {
+                pictures: 2,
+                rows: 1500,
+                relative_l2: 0.0123,
+                cosine: 0.9995,
+                least_cosine: 0.99,
+            }),
         };
         let text = table(&reference, std::slice::from_ref(&model));
-        for wanted in ["ref", "small.pglm", "25.0%", "8.125", "12.7500", "1.23e-3", "98.70%", "1,234"] {
+        for wanted in [
+            "ref", "small.pglm", "25.0%", "8.125", "12.7500", "1.23e-3", "98.70%", "1,234", "1.23e-2", "0.999500",
+            "1,500 rows of 2 pictures",
+        ] {
             assert!(text.contains(wanted), "{wanted} in\n{text}");
         }
-        assert_eq!(text.lines().count(), 4);
+        assert_eq!(text.lines().count(), 8);
+        let plain = Evaluation { pictures: None, ..model.clone() };
+        assert_eq!(table(&reference, &[plain]).lines().count(), 4);
         let svg = plot::draw(&[model.clone(), model]).unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("small") && svg.ends_with("</svg>\n"), "{svg}");
     }

@@ -34,6 +34,13 @@ pub struct QuantizeArgs {
     /// Calibration table of this model, which `calibrate` writes.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
+    /// Fold scales of the KV cache's components, from --calibration, into the weights: --kv int8 and int4 are then more
+    /// exact.
+    #[arg(long)]
+    kv_scales: bool,
+    /// Fix the ranges of the inputs of quantised matrices to those of --calibration.
+    #[arg(long)]
+    static_inputs: bool,
     /// Kind of file; by the name of --out where it is not given.
     #[arg(long, value_enum)]
     to: Option<Target>,
@@ -97,6 +104,8 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
     let interrupt = if args.dry_run { None } else { Some(Interrupt::install(&Bars::new(true))?) };
     let options = QuantiseOptions {
         calibration: args.calibration.clone(),
+        kv_scales: args.kv_scales,
+        static_inputs: args.static_inputs,
         force_requantise: args.force_requantise,
         overwrite: args.force,
         threads: args.threads,

@@ -14,6 +14,7 @@ use pocketglm_tensor::{DType, KvFormat, TensorInfo, WeightSource};
 use pocketglm_vit::VisionConfig;
 use pocketglm_vit::preprocess::PreprocessConfig;
 
+use crate::quantise::Precisions;
 use crate::{EngineOptions, Error, Result};
 
 /// Scope of the vision encoder's weights.
@@ -85,6 +86,8 @@ pub(crate) struct Model {
     pub tokenizer_bytes: u64,
     pub kv: KvFormat,
     pub fuse: bool,
+    /// What a simulated policy makes of the matrices; empty without one.
+    pub precisions: Precisions,
 }
 
 fn text_error(what: &'static str) -> impl FnOnce(pocketglm_bpe::Error) -> Error {
@@ -126,6 +129,10 @@ impl Model {
             None => path.display().to_string(),
         };
         check_tensors(&weights, &place, &expected, ignore)?;
+        let precisions = match &options.simulate {
+            Some(simulation) => simulation.precisions(&text, vision_config.as_ref(), &weights)?,
+            None => Precisions::default(),
+        };
         options.report("load", 2, STEPS);
 
         let checkpoint = weights.source();
@@ -139,12 +146,12 @@ impl Model {
         let template = template(checkpoint)?;
         let vision = match vision_config {
             Some(config) => {
-                Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options)?)
+                Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options, &precisions)?)
             }
             None => None,
         };
         options.report("load", 4, STEPS);
-        let graph = text_graph(&text, &weights, options.kv, options.fuse, Trace::Off)?;
+        let graph = text_graph(&text, &weights, options.kv, options.fuse, Trace::Off, &precisions)?;
         let (eos, sampling) = generation(checkpoint, &fields)?;
         options.report("load", STEPS, STEPS);
         Ok(Model {
@@ -162,6 +169,7 @@ impl Model {
             weights: Arc::new(weights),
             kv: options.kv,
             fuse: options.fuse,
+            precisions,
         })
     }
 
@@ -211,14 +219,18 @@ pub(crate) fn text_graph(
     kv: KvFormat,
     fuse: bool,
     trace: Trace,
+    precisions: &Precisions,
 ) -> Result<Graph> {
     let mut g = GraphBuilder::new(weights).with_kv_format(kv);
     decoder(&mut g, text, trace)?;
-    finish(g, fuse)
+    finish(g, fuse, precisions)
 }
 
-fn finish(g: GraphBuilder<'_>, fuse: bool) -> Result<Graph> {
+fn finish(g: GraphBuilder<'_>, fuse: bool, precisions: &Precisions) -> Result<Graph> {
     let mut graph = g.finish();
+    if !precisions.is_empty() {
+        passes::insert_quantise(&mut graph, &|name| precisions.get(name).copied())?;
+    }
     if fuse {
         passes::optimise(&mut graph)?;
     } else {
@@ -257,6 +269,7 @@ impl VisionModel {
         tokenizer: &Tokenizer,
         weights: &dyn WeightSource,
         options: &EngineOptions,
+        precisions: &Precisions,
     ) -> Result<VisionModel> {
         let tokens = VisualTokens::from_fields(fields)?;
         let names = [
@@ -297,7 +310,7 @@ impl VisionModel {
         }
         let mut g = GraphBuilder::new(weights);
         vision_encoder(&mut g, &config)?;
-        let graph = finish(g, options.fuse)?;
+        let graph = finish(g, options.fuse, precisions)?;
         Ok(VisionModel { config, tokens, images, videos, graph })
     }
 }

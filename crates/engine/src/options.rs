@@ -7,6 +7,8 @@ use pocketglm_glm::Sampling;
 use pocketglm_graph::Backend;
 use pocketglm_tensor::KvFormat;
 
+use crate::quantise::Simulation;
+
 /// How far a long step has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -44,6 +46,8 @@ pub struct EngineOptions {
     pub fuse: bool,
     /// What runs the graphs; the processor where none is given.
     pub backend: Option<Arc<dyn Backend>>,
+    /// Makes the model compute, in f32, what it would as a file of this policy: slow and large, for judging policies.
+    pub simulate: Option<Simulation>,
     /// Hears of loading and encoding.
     pub progress: Option<ProgressFn>,
 }
@@ -61,6 +65,7 @@ impl Default for EngineOptions {
             kv: KvFormat::default(),
             fuse: true,
             backend: None,
+            simulate: None,
             progress: None,
         }
     }

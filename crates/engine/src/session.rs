@@ -532,6 +532,7 @@ pub(crate) fn tracing_decoder(engine: &Engine) -> Result<Box<dyn Program>> {
         KvFormat::F32,
         model.fuse,
         Trace::HiddenStates,
+        &model.precisions,
     )?;
     Ok(engine.inner.backend.compile(&graph, model.weights.clone())?)
 }

@@ -215,6 +215,8 @@ fn read_by_row(graph: &Graph) -> Vec<bool> {
 
 /// Bytes of a stored matrix that may stay in memory while it is packed.
 const RELEASE: usize = 8 << 20;
+/// What the system may map around the ends of what is read: a page of the largest size.
+const AROUND: usize = 2 << 20;
 
 /// A quantised matrix in the kernels' layout: as the source has it, or packed now.
 fn pack(cpu: &Cpu, weights: &dyn WeightSource, name: &str, shape: &[usize]) -> Result<Packed> {
@@ -260,7 +262,7 @@ fn pack(cpu: &Cpu, weights: &dyn WeightSource, name: &str, shape: &[usize]) -> R
         Some(error) => Err(error),
         None => {
             let packed = packed?;
-            tensor.shared_bytes().release();
+            tensor.shared_bytes().release_around(AROUND);
             Ok(packed)
         }
     }
@@ -319,7 +321,7 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
     if tensor.dtype().is_quantised() {
         let values = widened(tensor, name)?;
         finite(&values, name)?;
-        tensor.shared_bytes().release();
+        tensor.shared_bytes().release_around(AROUND);
         return Ok(Held::Values(values));
     }
     if !tensor.dtype().is_float() {

@@ -231,6 +231,22 @@ impl Graph {
         Ok(needed)
     }
 
+    /// Makes node `i` use `new` wherever it uses `old`.
+    pub(crate) fn set_input(&mut self, i: usize, old: Value, new: Value) {
+        let mut moved = 0;
+        for v in self.nodes[i].inputs.iter_mut().filter(|v| **v == old) {
+            *v = new;
+            moved += 1;
+        }
+        // As many uses of the old node by this one are gone; which of its entries go does not matter.
+        for _ in 0..moved {
+            if let Some(at) = self.users[old.node()].iter().position(|&user| user == i) {
+                self.users[old.node()].swap_remove(at);
+            }
+            self.users[new.node()].push(i);
+        }
+    }
+
     /// Makes every user of `old` use `new`.
     pub(crate) fn replace(&mut self, old: Value, new: Value) {
         // An entry for each use: uses of `old` move to the new node, those of other ports stay.

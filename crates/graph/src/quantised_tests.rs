@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use pocketglm_quant::{RowOptions, dequantise_row, quantise_row};
+use pocketglm_quant::{Method, RowOptions, dequantise_row, quantise_row};
 use pocketglm_tensor::{Cpu, DType, Error as TensorError, Tensor, TensorInfo, WeightSource};
 
+use crate::passes::Precision;
 use crate::{Backend, Bindings, CpuBackend, Dim, Graph, GraphBuilder, Inputs, passes};
 
 struct Source(HashMap<String, Tensor>);
@@ -73,6 +74,16 @@ fn model(dtype: DType, seed: u32) -> Source {
 }
 
 fn graph(source: &Source, fuse: bool) -> Graph {
+    let mut graph = built(source);
+    passed(&mut graph, fuse);
+    graph
+}
+
+fn passed(graph: &mut Graph, fuse: bool) {
+    if fuse { passes::optimise(graph) } else { passes::prepare(graph) }.unwrap();
+}
+
+fn built(source: &Source) -> Graph {
     let mut g = GraphBuilder::new(source);
     let t = Dim::symbol("T");
     let ids = g.input("ids", DType::I32, std::slice::from_ref(&t)).unwrap();
@@ -90,13 +101,15 @@ fn graph(source: &Source, fuse: bool) -> Graph {
     for (name, v) in [("q", q), ("k", k), ("y", y)] {
         g.output(name, v);
     }
-    let mut graph = g.finish();
-    if fuse { passes::optimise(&mut graph) } else { passes::prepare(&mut graph) }.unwrap();
-    graph
+    g.finish()
 }
 
 fn run(source: Source, fuse: bool, ids: &[i32]) -> Vec<Vec<f32>> {
     let graph = graph(&source, fuse);
+    run_graph(graph, source, ids)
+}
+
+fn run_graph(graph: Graph, source: Source, ids: &[i32]) -> Vec<Vec<f32>> {
     let backend = CpuBackend::new(Arc::new(Cpu::new(2).unwrap()));
     let program = backend.compile(&graph, Arc::new(source)).unwrap();
     let mut bindings = Bindings::new();
@@ -150,6 +163,65 @@ fn programs_over_quantised_weights_are_those_over_their_values() {
             }
         }
     }
+}
+
+/// The values that [`model`] was quantised from.
+fn floats(seed: u32) -> Source {
+    let of = |rows: usize, seed| Tensor::from_f32(&[rows, K], &noise(seed, rows * K)).unwrap();
+    let tensors = [
+        ("table", of(40, seed)),
+        ("q.weight", of(64, seed + 1)),
+        ("k.weight", of(24, seed + 2)),
+        ("gate_up.weight", of(2 * K, seed + 3)),
+        ("down.weight", of(K, seed + 4)),
+        ("norm.weight", Tensor::from_f32(&[K], &vec![0.5; K]).unwrap()),
+    ];
+    Source(tensors.into_iter().map(|(name, t)| (name.to_string(), t)).collect())
+}
+
+#[test]
+fn quantise_and_dequantise_nodes_make_a_float_graph_compute_what_a_quantised_one_does() {
+    let ids = [0, 39, 7, 7, 12, 20, 1];
+    for name in ["Q8_0", "Q4_0", "Q4_K", "IQ4_XS", "int8-row", "int4-g64-asym", "int2-g32"] {
+        let dtype = DType::from_name(name).unwrap();
+        let wanted = run(model(dtype, 7), true, &ids);
+        let precision = |name: &str| {
+            let other = matches!(name, "k.weight" | "down.weight");
+            let dtype = if other { DType::from_name("Q6_K").unwrap() } else { dtype };
+            Some(Precision { dtype, method: Method::Round, input_range: None })
+        };
+        for fuse in [false, true] {
+            let source = floats(7);
+            let mut graph = built(&source);
+            let nodes = passes::insert_quantise(&mut graph, &precision).unwrap();
+            // Five weights; the norm's result for two kinds of weights, or one where their inputs are rounded alike.
+            assert!((7..=8).contains(&nodes), "{name}: {nodes}");
+            passed(&mut graph, fuse);
+            let found = run_graph(graph, source, &ids);
+            let plain = run(floats(7), fuse, &ids);
+            for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+                // `y` rounds what was rounded: a value between two codes may fall to either.
+                let most = if i < 2 { 1e-5 } else { 2e-3 };
+                let d = distance(found, wanted);
+                assert!(d < most, "{name} fuse {fuse} output {i}: {d}");
+                assert!(distance(&plain[i], wanted) > most, "{name}: the plain graph is no worse");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_format_that_cannot_hold_a_row_is_refused_by_its_node() {
+    let source = floats(7);
+    let mut graph = built(&source);
+    let precision = |_: &str| {
+        let dtype = DType::from_name("I32").unwrap_or(DType::I32);
+        Some(Precision { dtype, method: Method::Round, input_range: None })
+    };
+    passes::insert_quantise(&mut graph, &precision).unwrap();
+    passed(&mut graph, false);
+    let backend = CpuBackend::new(Arc::new(Cpu::new(1).unwrap()));
+    assert!(backend.compile(&graph, Arc::new(source)).is_err());
 }
 
 #[test]

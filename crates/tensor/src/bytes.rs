@@ -64,6 +64,12 @@ impl Bytes {
         self.owner.release(self.range.clone());
     }
 
+    /// The same with `margin` bytes of the owner before and behind: reading the ends has mapped some of them as well.
+    pub fn release_around(&self, margin: usize) {
+        let end = self.range.end.saturating_add(margin).min(self.owner.bytes().len());
+        self.owner.release(self.range.start.saturating_sub(margin)..end);
+    }
+
     /// Number of bytes.
     pub fn len(&self) -> usize {
         self.range.len()

@@ -186,6 +186,7 @@ pub struct Packed {
     rows: usize,
     k: usize,
     bytes: Bytes,
+    input_range: Option<f32>,
 }
 
 fn too_large(rows: usize, k: usize) -> Error {
@@ -252,7 +253,26 @@ impl Packed {
         if bytes.len() != wanted {
             return Err(Error::Size { op: "pack", operand: "bytes", wanted, found: bytes.len() });
         }
-        Ok(Packed { layout: Layout::new(format, k), rows, k, bytes })
+        Ok(Packed { layout: Layout::new(format, k), rows, k, bytes, input_range: None })
+    }
+
+    /// The same matrix for an input whose values lie in `-range..=range`: it is quantised with that fixed scale, and what
+    /// lies outside is cut off.
+    ///
+    /// # Errors
+    /// [`Error::Value`] where the range is not a finite number above 0.
+    pub fn with_input_range(mut self, range: f32) -> Result<Packed> {
+        if !(range > 0.0 && range.is_finite()) {
+            let what = format!("{range} as the range of an input, expected a finite number above 0");
+            return Err(Error::Value { op: "pack", what });
+        }
+        self.input_range = Some(range);
+        Ok(self)
+    }
+
+    /// The largest magnitude of the input, where it is fixed.
+    pub fn input_range(&self) -> Option<f32> {
+        self.input_range
     }
 
     /// Rows.

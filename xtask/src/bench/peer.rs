@@ -94,21 +94,19 @@ impl Side {
     }
 }
 
-/// Runs the comparison of all files; `put` gets the section after every model.
+/// Runs the comparison of all files; `put` gets what stands before all parts, and the heading and text of each.
 pub fn run(
     cpu: &Cpu,
     program: &Path,
     arguments: &super::Arguments,
-    put: &mut dyn FnMut(String) -> Result<()>,
+    put: &mut dyn FnMut(&str, &str, &str) -> Result<()>,
 ) -> Result<()> {
     let Some(peer) = &arguments.peer else { return Ok(()) };
     let Some(first) = arguments.gguf.first() else { return Ok(()) };
-    let mut text = String::from(
-        "Both models are in memory and take turns; the order changes from round to round. A ratio above 1 means that \
+    let intro = "Both models are in memory and take turns; the order changes from round to round. A ratio above 1 means that \
          pocketglm is faster: the ratio of the medians, and the median of the ratios of the rounds with the smallest \
          and the largest. llama.cpp runs with fused attention and keys and values in f16. The first token is that of a \
-         prompt of 16 tokens, counted from the start of the process with a warm page cache.\n",
-    );
+         prompt of 16 tokens, counted from the start of the process with a warm page cache.";
     let same = arguments.gguf.iter().map(|gguf| (gguf, gguf));
     let own = arguments.own.iter().map(|own| (own, first));
     for (at, (ours, theirs)) in same.chain(own).enumerate() {
@@ -127,8 +125,7 @@ pub fn run(
         } else {
             format!("{} against {} in llama.cpp", name(ours), name(theirs))
         };
-        let _ = write!(text, "\n### {title}\n\n{}", table(cpu, &plan, &sides, &cost(&model)?)?);
-        put(text.clone())?;
+        put(intro, &title, &table(cpu, &plan, &sides, &cost(&model)?)?)?;
     }
     Ok(())
 }

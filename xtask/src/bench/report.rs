@@ -9,7 +9,7 @@ use crate::error::io_error;
 use crate::{Result, repo};
 
 /// Titles in the order in which they stand in the file.
-pub const TITLES: [&str; 3] = ["Kernels", "Models", "Against llama.cpp"];
+pub const TITLES: [&str; 4] = ["Kernels", "Models", "Against llama.cpp", "What quantising loses"];
 
 /// The file, or only the terminal.
 pub struct Report {
@@ -46,6 +46,22 @@ impl Report {
         Ok(())
     }
 
+    /// Replaces one part of a section, or adds it; the other parts stay, `intro` stands before them.
+    pub fn put_part(&mut self, title: &str, intro: &str, heading: &str, text: &str) -> Result<()> {
+        let old = self.sections.iter().find(|(t, _)| t == title).map_or("", |(_, text)| text);
+        let mut parts = parts(old);
+        let part = format!("{}\n", text.trim());
+        match parts.iter_mut().find(|(h, _)| h == heading) {
+            Some(old) => old.1 = part,
+            None => parts.push((heading.to_owned(), part)),
+        }
+        let mut whole = format!("{}\n", intro.trim());
+        for (heading, text) in parts {
+            whole.push_str(&format!("\n### {heading}\n\n{}\n", text.trim()));
+        }
+        self.put(title, whole)
+    }
+
     /// Where it is written.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
@@ -73,6 +89,20 @@ fn sections(text: &str) -> Vec<(String, String)> {
     }
     sections.retain(|(title, _)| TITLES.contains(&title.as_str()));
     sections
+}
+
+/// The parts of a section, by their headings.
+fn parts(section: &str) -> Vec<(String, String)> {
+    let mut parts: Vec<(String, String)> = Vec::new();
+    for line in section.lines() {
+        if let Some(heading) = line.strip_prefix("### ") {
+            parts.push((heading.trim().to_owned(), String::new()));
+        } else if let Some((_, part)) = parts.last_mut() {
+            part.push_str(line);
+            part.push('\n');
+        }
+    }
+    parts
 }
 
 fn run(program: &str, arguments: &[&str]) -> String {
@@ -137,6 +167,15 @@ mod tests {
         std::fs::remove_dir_all(&folder).unwrap();
         assert!(text.ends_with("\n## Kernels\n\nk2\n\n## Models\n\nm1\n\n### part\n\nm2\n"), "{text}");
         assert!(!text.contains("old head") && !text.contains("Gone"), "{text}");
+    }
+
+    #[test]
+    fn a_part_is_replaced_and_the_other_parts_stay() {
+        let mut report = Report::open(&Cpu::new(1).unwrap(), None).unwrap();
+        for (heading, text) in [("a", "1"), ("b", "2\n\n3"), ("a", "4")] {
+            report.put_part("Models", "intro", heading, text).unwrap();
+        }
+        assert!(report.text().ends_with("\n## Models\n\nintro\n\n### a\n\n4\n\n### b\n\n2\n\n3\n"), "{}", report.text());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use pocketglm_glm::{Trace, decoder};
-use pocketglm_graph::passes::{Tap, optimise, tap_linear_inputs};
+use pocketglm_graph::passes::{Tap, optimise, tap_caches, tap_linear_inputs};
 use pocketglm_graph::{Graph, GraphBuilder, Outputs, Program};
 use pocketglm_quant::stats::ChannelStats;
 
@@ -180,13 +180,14 @@ fn report(options: &EngineOptions, done: usize, total: usize) {
     }
 }
 
-/// The decoder with the inputs of its linear layers as results.
+/// The decoder with the inputs of its linear layers, and what goes into its caches, as results.
 fn decoder_taps(engine: &Engine) -> Result<(Graph, Vec<Tap>)> {
     let model = &engine.inner.model;
     let mut g = GraphBuilder::new(&*model.weights);
     decoder(&mut g, &model.text, Trace::Off)?;
     let mut graph = g.finish();
-    let taps = tap_linear_inputs(&mut graph, &|_| true);
+    let mut taps = tap_linear_inputs(&mut graph, &|_| true);
+    taps.extend(tap_caches(&mut graph));
     // Attention must be fused, or its scores would fill the memory; passes keep results as they are.
     optimise(&mut graph)?;
     Ok((graph, taps))

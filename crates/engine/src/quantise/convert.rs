@@ -11,6 +11,7 @@ use pocketglm_quant::gptq::{Feedback, GptqOptions};
 use pocketglm_quant::{RowOptions, dequantise_row, quantise_row};
 use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
 
+use super::kv_scales::{Scaling, kv_scales};
 use super::plan::{Planned, QuantPlan, TensorPlan, plan};
 use super::policy::{Method, Policy};
 use super::table::CalibrationTable;
@@ -34,6 +35,12 @@ pub struct QuantiseOptions {
     pub policy: Policy,
     /// What [`calibrate`](super::calibrate) wrote for this model.
     pub calibration: Option<PathBuf>,
+    /// Whether scales of the KV cache's components, from the calibration table, are folded into the weights around it:
+    /// a cache of 8 or 4 bits is then more exact, and results in f32 are the same.
+    pub kv_scales: bool,
+    /// Whether the inputs of quantised matrices get the fixed ranges of the calibration table; else each block of an
+    /// input has the range of its values. Only for `.pglm` files.
+    pub static_inputs: bool,
     /// Whether a quantised tensor may be quantised again.
     pub force_requantise: bool,
     /// Whether a file that stands under the target's name is replaced.
@@ -52,6 +59,8 @@ impl QuantiseOptions {
         QuantiseOptions {
             policy,
             calibration: None,
+            kv_scales: false,
+            static_inputs: false,
             force_requantise: false,
             overwrite: false,
             threads: 0,
@@ -71,6 +80,8 @@ pub struct Quantiser {
     plan: QuantPlan,
     by_name: HashMap<String, usize>,
     folds: Vec<Fold>,
+    /// What tensors around the KV cache are multiplied with.
+    kv: HashMap<String, Scaling>,
     /// The prepared second moments of the input that was needed last, by its name.
     feedback: Mutex<Option<(String, Arc<Feedback>)>>,
 }
@@ -97,11 +108,29 @@ impl Quantiser {
         }
         let Planned { plan, folds } =
             plan(&model, &options.policy, table.as_ref(), options.force_requantise)?;
+        let needed = |method, tensor: &str| Error::NoCalibration { method, tensor: tensor.to_owned() };
+        let first = plan.tensors.first().map_or("", |t| t.name.as_str());
+        if options.static_inputs && table.is_none() {
+            return Err(needed("--static-inputs", first));
+        }
+        let kv = match (&table, options.kv_scales) {
+            (_, false) => HashMap::new(),
+            (None, true) => return Err(needed("--kv-scales", first)),
+            (Some(table), true) => kv_scales(&model, table)?,
+        };
+        let quantised =
+            plan.tensors.iter().find(|t| kv.contains_key(&t.name) && t.from.is_quantised() && t.from == t.to);
+        if let Some(t) = quantised.filter(|_| !options.force_requantise) {
+            return Err(Error::AlreadyQuantised { tensor: t.name.clone(), found: t.from, wanted: t.to });
+        }
         let by_name = plan.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let folds = folds.into_iter().map(|linears| Fold { linears, scales: OnceLock::new() }).collect();
         let cpu = Cpu::new(options.threads)?;
         let (path, feedback) = (path.to_owned(), Mutex::new(None));
-        Ok(Quantiser { model, path, cpu, options, table, plan, by_name, folds, feedback })
+        let this = Quantiser { model, path, cpu, options, table, plan, by_name, folds, kv, feedback };
+        // What the table lacks is said before anything is written.
+        this.input_ranges()?;
+        Ok(this)
     }
 
     /// What becomes of each tensor.
@@ -131,6 +160,7 @@ impl Quantiser {
             files: files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect(),
             policy: Some(&policy),
             calibration: calibration.as_deref(),
+            input_ranges: self.input_ranges()?,
             extra: BTreeMap::new(),
         };
         // The writer refuses to replace its input, which is the better message where that stands under the name.
@@ -157,6 +187,10 @@ impl Quantiser {
     pub fn write_gguf(&self, text: impl AsRef<Path>, vision: Option<&Path>) -> Result<()> {
         let checkpoint = self.model.weights.source();
         let text = text.as_ref();
+        if self.options.static_inputs {
+            let what = "fixed input ranges have no place in a GGUF file; write a .pglm file".to_owned();
+            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
+        }
         self.refuse_existing(text)?;
         vision.map(|v| self.refuse_existing(v)).transpose()?;
         let config = checkpoint.required_json("config.json")?;
@@ -185,6 +219,33 @@ impl Quantiser {
         Ok(export_gguf(&export, text, vision.filter(|_| self.model.vision.is_some()), &files, &mut progress)?)
     }
 
+    /// The fixed range of the input of each quantised matrix; none where inputs are not fixed.
+    fn input_ranges(&self) -> Result<BTreeMap<String, f32>> {
+        let Some(table) = self.table.as_ref().filter(|_| self.options.static_inputs) else {
+            return Ok(BTreeMap::new());
+        };
+        // Of the embedding table rows are read; a head that is tied to it rounds its input as it comes.
+        let fixed =
+            self.plan.tensors.iter().filter(|t| t.to.is_quantised() && !t.name.ends_with("embed_tokens.weight"));
+        let mut ranges = BTreeMap::new();
+        for t in fixed {
+            let k = t.shape.last().copied().unwrap_or(0);
+            let scales = self.column_scales(&t.name)?;
+            let range = table.input_range(&t.name, k, scales.as_ref().map(|s| s.as_slice()))?;
+            ranges.insert(t.name.clone(), range);
+        }
+        Ok(ranges)
+    }
+
+    /// What the columns of a matrix are multiplied with, and its input is divided by.
+    fn column_scales(&self, name: &str) -> Result<Option<Arc<Vec<f32>>>> {
+        if let Some(Scaling::Columns(scales)) = self.kv.get(name) {
+            return Ok(Some(scales.clone()));
+        }
+        let fold = self.folds.iter().find(|f| f.linears.weights.iter().any(|w| w == name));
+        fold.map(|fold| self.scales(fold)).transpose()
+    }
+
     fn refuse_existing(&self, out: &Path) -> Result<()> {
         if !self.options.overwrite && std::fs::symlink_metadata(out).is_ok() {
             return Err(Error::Exists { path: out.to_owned() });
@@ -210,7 +271,14 @@ impl Quantiser {
             let bytes: Vec<u8> = scaled.iter().flat_map(|v| v.to_le_bytes()).collect();
             return sink(&bytes, t.bytes_before);
         }
-        if t.from == t.to {
+        if let (Some(Scaling::Rows(scales)), &[_]) = (self.kv.get(&t.name), t.shape.as_slice()) {
+            let scaled: Vec<f32> = tensor.to_f32()?.iter().zip(scales.iter()).map(|(v, s)| v * s).collect();
+            let mut bytes = Vec::new();
+            quantise_row(t.to, &scaled, &RowOptions::default(), &mut bytes)
+                .map_err(|source| Error::Quantise { tensor: t.name.clone(), row: 0, source })?;
+            return sink(&bytes, t.bytes_before);
+        }
+        if t.from == t.to && !self.kv.contains_key(&t.name) {
             for piece in tensor.bytes().chunks(BATCH_BYTES) {
                 self.check_cancelled()?;
                 sink(piece, piece.len() as u64)?;
@@ -277,7 +345,13 @@ impl Quantiser {
         // Two of them need not be in memory at once.
         *kept = None;
         let moments = table.second_moments(&t.name, k)?.ok_or_else(none)?;
-        let feedback = Feedback::new(&self.cpu, &moments.to_f32()?, k, &GptqOptions::default())
+        let mut moments = moments.to_f32()?;
+        if let Some(scales) = self.column_scales(&t.name)? {
+            for (row, s) in moments.to_mut().chunks_exact_mut(k.max(1)).zip(scales.iter()) {
+                row.iter_mut().zip(scales.iter()).for_each(|(m, t)| *m /= s * t);
+            }
+        }
+        let feedback = Feedback::new(&self.cpu, &moments, k, &GptqOptions::default())
             .map_err(|source| Error::Statistics { tensor: t.name.clone(), source })?;
         let feedback = Arc::new(feedback);
         *kept = Some((input.to_owned(), feedback.clone()));
@@ -310,8 +384,9 @@ struct Rows<'a> {
     stored: usize,
     /// Rows that are made at once.
     batch: usize,
-    /// What the columns are multiplied with.
+    /// What the columns, and the rows, are multiplied with.
     scales: Option<Arc<Vec<f32>>>,
+    row_scales: Option<Arc<Vec<f32>>>,
     importance: Option<Vec<f32>>,
     feedback: Option<Arc<Feedback>>,
 }
@@ -320,8 +395,11 @@ impl<'a> Rows<'a> {
     fn new(of: &'a Quantiser, plan: &'a TensorPlan, tensor: &Tensor) -> Result<Rows<'a>> {
         let k = tensor.shape().last().copied().unwrap_or(1).max(1);
         let stored = plan.from.row_bytes(k).unwrap_or(0).max(1);
-        let fold = of.folds.iter().find(|f| f.linears.weights.contains(&plan.name));
-        let scales = fold.map(|fold| of.scales(fold)).transpose()?;
+        let scales = of.column_scales(&plan.name)?;
+        let row_scales = match of.kv.get(&plan.name) {
+            Some(Scaling::Rows(scales)) => Some(scales.clone()),
+            _ => None,
+        };
         let mut importance = match (plan.method, &of.table) {
             (Some(Method::Search | Method::Awq), Some(table)) => table.mean_squares(&plan.name, k)?,
             _ => None,
@@ -335,7 +413,7 @@ impl<'a> Rows<'a> {
             _ => None,
         };
         let batch = (BATCH_VALUES / k).max(1);
-        Ok(Rows { cpu: &of.cpu, plan, k, stored, batch, scales, importance, feedback })
+        Ok(Rows { cpu: &of.cpu, plan, k, stored, batch, scales, row_scales, importance, feedback })
     }
 
     /// The new bytes of some rows, in parts; `first` is the first one's number.
@@ -378,6 +456,10 @@ impl<'a> Rows<'a> {
                 let done = dequantise_row(self.plan.from, row, &mut values).and_then(|()| {
                     if let Some(scales) = &self.scales {
                         values.iter_mut().zip(scales.iter()).for_each(|(v, s)| *v *= s);
+                    }
+                    let row = first + task * per_task + i;
+                    if let Some(scale) = self.row_scales.as_ref().and_then(|s| s.get(row)) {
+                        values.iter_mut().for_each(|v| *v *= scale);
                     }
                     make(&values, &mut out)
                 });

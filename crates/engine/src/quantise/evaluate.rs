@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use pocketglm_tensor::WeightSource;
+use pocketglm_tensor::{KvFormat, WeightSource};
 
-use super::Samples;
 use super::forward::Forward;
+use super::plan::plan;
+use super::{Samples, Simulation};
 use crate::{Cancel, Engine, EngineOptions, Error, Progress, Prompt, Result};
 
 /// Tokens of one step: the logits of two models for them are in memory at once.
@@ -19,13 +20,23 @@ pub struct EvalOptions {
     pub engine: EngineOptions,
     /// Most tokens of a piece that text is cut into.
     pub window: usize,
+    /// How the judged models store keys and values; the reference does as `engine` says.
+    pub kv: KvFormat,
+    /// Policies that are judged as well, on the reference's weights and without writing files.
+    pub simulate: Vec<Simulation>,
     /// Stops the work from another thread.
     pub cancel: Cancel,
 }
 
 impl Default for EvalOptions {
     fn default() -> EvalOptions {
-        EvalOptions { engine: EngineOptions::default(), window: 512, cancel: Cancel::default() }
+        EvalOptions {
+            engine: EngineOptions::default(),
+            window: 512,
+            kv: KvFormat::default(),
+            simulate: Vec::new(),
+            cancel: Cancel::default(),
+        }
     }
 }
 
@@ -63,6 +74,71 @@ pub struct Evaluation {
     pub kl_max: f64,
     /// Part of the positions where both find the same token most likely.
     pub same_top: f64,
+    /// How the encoded pictures of the samples differ; `None` where the samples have none.
+    pub pictures: Option<PictureDifference>,
+}
+
+/// How the vision encoder's results differ from the reference's, over all rows of all pictures.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PictureDifference {
+    /// Pictures and videos.
+    pub pictures: u64,
+    /// Rows: tokens of pictures.
+    pub rows: u64,
+    /// The length of the difference over the length of the reference.
+    pub relative_l2: f64,
+    /// Mean over the rows of the cosine between a row and the reference's.
+    pub cosine: f64,
+    /// The least of these cosines.
+    pub least_cosine: f64,
+}
+
+/// Sums of a [`PictureDifference`].
+#[derive(Clone, Copy)]
+struct PictureSums {
+    pictures: u64,
+    rows: u64,
+    difference: f64,
+    reference: f64,
+    cosines: f64,
+    least: f64,
+}
+
+impl PictureSums {
+    const NONE: PictureSums =
+        PictureSums { pictures: 0, rows: 0, difference: 0.0, reference: 0.0, cosines: 0.0, least: 1.0 };
+
+    /// Rows of `width`, as many in both.
+    fn add(&mut self, width: usize, wanted: &[f32], found: &[f32]) {
+        self.pictures += 1;
+        for (wanted, found) in wanted.chunks_exact(width.max(1)).zip(found.chunks_exact(width.max(1))) {
+            let [mut difference, mut dot, mut wanted_squares, mut found_squares] = [0.0f64; 4];
+            for (&w, &f) in wanted.iter().zip(found) {
+                let (w, f) = (f64::from(w), f64::from(f));
+                difference += (w - f) * (w - f);
+                dot += w * f;
+                wanted_squares += w * w;
+                found_squares += f * f;
+            }
+            let lengths = (wanted_squares * found_squares).sqrt();
+            let cosine = if lengths > 0.0 { dot / lengths } else { f64::from(u8::from(difference == 0.0)) };
+            self.rows += 1;
+            self.difference += difference;
+            self.reference += wanted_squares;
+            self.cosines += cosine;
+            self.least = self.least.min(cosine);
+        }
+    }
+
+    fn result(&self) -> Option<PictureDifference> {
+        (self.rows > 0).then(|| PictureDifference {
+            pictures: self.pictures,
+            rows: self.rows,
+            relative_l2: (self.difference / self.reference.max(f64::MIN_POSITIVE)).sqrt(),
+            cosine: self.cosines / self.rows as f64,
+            least_cosine: self.least,
+        })
+    }
 }
 
 /// What is known of one position.
@@ -75,7 +151,8 @@ struct Position {
     same: bool,
 }
 
-/// Compares each of `models` with `reference` on the same samples. Two models are in memory at a time.
+/// Compares each of `models`, and each simulated policy, with `reference` on the same samples. Two models are in memory
+/// at a time. The `path` of a simulated one is the policy's name.
 ///
 /// # Errors
 /// As [`Engine::open`] and [`Engine::prompt`]; [`Error::Compare`] where the models' tokens differ, [`Error::Samples`],
@@ -91,17 +168,15 @@ pub fn evaluate(
     let (bytes, bits_per_weight) = size(&engine);
     let mut of = Reference { path: path.to_owned(), bytes, bits_per_weight, perplexity: f64::NAN };
     let mut all = Vec::new();
-    for model in models {
-        let other = Engine::open(model, options.engine.clone())?;
-        let positions = compare((&of.path, &engine), (model, &other), samples, options)?;
+    let mut judge = |path: &Path, other: &Engine, (bytes, bits_per_weight): (u64, f64)| -> Result<()> {
+        let (positions, pictures) = compare((&of.path, &engine), (path, other), samples, options)?;
         let count = positions.len().max(1) as f64;
         let mean = |f: fn(&Position) -> f64| positions.iter().map(f).sum::<f64>() / count;
         of.perplexity = mean(|p| p.reference_surprise).exp();
         let mut kl: Vec<f64> = positions.iter().map(|p| p.kl).collect();
         kl.sort_by(f64::total_cmp);
-        let (bytes, bits_per_weight) = size(&other);
         all.push(Evaluation {
-            path: model.clone(),
+            path: path.to_owned(),
             bytes,
             bits_per_weight,
             positions: positions.len() as u64,
@@ -110,7 +185,23 @@ pub fn evaluate(
             kl_99: kl.get(kl.len().saturating_sub(1) * 99 / 100).copied().unwrap_or(0.0),
             kl_max: kl.last().copied().unwrap_or(0.0),
             same_top: mean(|p| f64::from(u8::from(p.same))),
+            pictures,
         });
+        Ok(())
+    };
+    for model in models {
+        let other = Engine::open(model, EngineOptions { kv: options.kv, ..options.engine.clone() })?;
+        let size = size(&other);
+        judge(model, &other, size)?;
+    }
+    for simulation in &options.simulate {
+        let policy = &simulation.policy;
+        let planned = plan(&engine.inner.model, policy, None, false)?.plan;
+        let simulate = Some(simulation.clone());
+        let simulated = EngineOptions { simulate, kv: options.kv, ..options.engine.clone() };
+        let fixed = if simulation.static_inputs.is_some() { ", fixed inputs" } else { "" };
+        let name = PathBuf::from(format!("policy {}{fixed}", policy.name));
+        judge(&name, &Engine::open(path, simulated)?, (planned.bytes(), planned.bits_per_weight()))?;
     }
     Ok((of, all))
 }
@@ -128,7 +219,7 @@ fn compare(
     model: (&Path, &Engine),
     samples: &Samples,
     options: &EvalOptions,
-) -> Result<Vec<Position>> {
+) -> Result<(Vec<Position>, Option<PictureDifference>)> {
     let different =
         |what: String| Error::Compare { model: model.0.to_owned(), reference: reference.0.to_owned(), what };
     let sizes = [reference, model].map(|(_, e)| e.inner.model.text.vocab_size);
@@ -138,7 +229,7 @@ fn compare(
     let requests = [reference, model].map(|(_, e)| samples.requests(e, options.window));
     let [theirs, ours] = requests;
     let (theirs, ours) = (theirs?, ours?);
-    let mut positions = Vec::new();
+    let (mut positions, mut pictures) = (Vec::new(), PictureSums::NONE);
     for (i, (a, b)) in theirs.iter().zip(&ours).enumerate() {
         if let Some(progress) = &options.engine.progress {
             progress(Progress { step: "compare", done: i, total: theirs.len() });
@@ -151,6 +242,10 @@ fn compare(
             Forward::new(reference.1, &*reference.1.inner.decoder, &a, STEP)?,
             Forward::new(model.1, &*model.1.inner.decoder, &b, STEP)?,
         );
+        let width = reference.1.inner.model.text.hidden_size;
+        for (wanted, found) in steps.0.pictures().iter().zip(steps.1.pictures()) {
+            pictures.add(width, wanted, found);
+        }
         while let (Some((range, mut wanted)), Some((_, mut found))) = (steps.0.next()?, steps.1.next()?) {
             if options.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -171,7 +266,7 @@ fn compare(
             what: "no token to predict in it".into(),
         });
     }
-    Ok(positions)
+    Ok((positions, pictures.result()))
 }
 
 /// The positions of one step whose next token is one of text; logits are `[tokens, vocabulary]` from `first` on.
@@ -232,6 +327,16 @@ fn position(next: u32, wanted: &[f32], found: &[f32]) -> Position {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_difference_of_pictures_is_what_the_definitions_say() {
+        let mut sums = PictureSums::NONE;
+        assert_eq!(sums.result(), None);
+        sums.add(2, &[3.0, 4.0, 1.0, 0.0], &[3.0, 4.0, 0.0, 1.0]);
+        let d = sums.result().unwrap();
+        assert_eq!((d.pictures, d.rows, d.cosine, d.least_cosine), (1, 2, 0.5, 0.0));
+        assert!((d.relative_l2 - (2.0f64 / 26.0).sqrt()).abs() < 1e-12);
+    }
 
     #[test]
     fn a_position_is_what_the_definitions_say() {

@@ -38,6 +38,11 @@ impl<'a> Forward<'a> {
         Ok(Forward { program, prompt, pictures, state, width, step: step.max(1), at: 0 })
     }
 
+    /// The rows of each picture, as the vision encoder gives them.
+    pub fn pictures(&self) -> &[Vec<f32>] {
+        &self.pictures
+    }
+
     /// The next step: its tokens and results; `None` at the end.
     pub fn next(&mut self) -> Result<Option<(Range<usize>, Outputs)>> {
         let prompt = self.prompt;

@@ -1,6 +1,7 @@
 //! The calibration table: what the inputs of a model's linear layers look like on a user's samples.
 //!
-//! A safetensors file. For each input, under the name of the first weight that it meets: `{name}.min`, `.max`,
+//! A safetensors file. For each input, under the name of the first weight that it meets, and for what goes into each
+//! KV cache, under the cache's name (`model.language_model.layers.N.self_attn.k`, `.v`): `{name}.min`, `.max`,
 //! `.mean_abs`, `.mean_squares`, each `[k]`, and `.second_moments [k, k]` where they were asked for and fit. The string
 //! `pocketglm.calibration` under `__metadata__` is a JSON object with the version, the hashes of the model and of the
 //! samples, and for each input its weights, the rows seen, and its smallest and largest value.
@@ -9,8 +10,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use pocketglm_checkpoint::{ReadMode, SafetensorsFile, SafetensorsWriter};
+use pocketglm_glm::TextConfig;
 use pocketglm_quant::stats::ChannelStats;
 use pocketglm_tensor::{DType, Tensor, TensorInfo, WeightSource};
+use pocketglm_vit::VisionConfig;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -53,8 +56,15 @@ pub(super) fn hex(digest: &[u8]) -> String {
 /// A hash of what makes a model this one: its sizes, its tensors, and the values of its vectors (which no
 /// quantisation changes).
 pub(super) fn fingerprint(model: &Model) -> Result<String> {
+    fingerprint_of(&model.text, model.vision.as_ref().map(|v| &v.config), &*model.weights)
+}
+
+fn fingerprint_of(
+    t: &TextConfig,
+    vision: Option<&VisionConfig>,
+    weights: &dyn WeightSource,
+) -> Result<String> {
     let mut hash = Sha256::new();
-    let t = &model.text;
     hash.update(format!(
         "{} {} {} {} {} {} {} {} {} {} {} {:?} {}\n",
         t.vocab_size,
@@ -71,11 +81,11 @@ pub(super) fn fingerprint(model: &Model) -> Result<String> {
         t.mrope_section,
         t.tie_word_embeddings
     ));
-    let graph = crate::model::whole_graph(t, model.vision.as_ref().map(|v| &v.config))?;
+    let graph = crate::model::whole_graph(t, vision)?;
     for info in graph.weights() {
         hash.update(format!("{} {:?}\n", info.name, info.shape));
         if info.shape.len() == 1 {
-            for value in model.weights.tensor(&info.name)?.to_f32()?.iter() {
+            for value in weights.tensor(&info.name)?.to_f32()?.iter() {
                 hash.update(value.to_le_bytes());
             }
         }
@@ -216,6 +226,27 @@ impl CalibrationTable {
         Ok(both.0.zip(both.1))
     }
 
+    /// The largest magnitude of a weight's input whose channels were divided by `scales`.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where the input was not seen, holds nothing but zeros, or the table is damaged.
+    pub fn input_range(&self, weight: &str, k: usize, scales: Option<&[f32]>) -> Result<f32> {
+        let wrong = |what: String| Error::Calibration { path: self.path.clone(), what };
+        let Some((least, most)) = self.channel_ranges(weight, k)? else {
+            let hint = "give samples that reach it (pictures, for the vision encoder)";
+            return Err(wrong(format!("it has no range for the input of `{weight}`: {hint}")));
+        };
+        let sizes = least.iter().zip(&most).map(|(least, most)| least.abs().max(most.abs()));
+        let range = match scales {
+            Some(scales) => sizes.zip(scales).map(|(size, scale)| size / scale).fold(0.0, f32::max),
+            None => sizes.fold(0.0, f32::max),
+        };
+        if range > 0.0 && range.is_finite() {
+            return Ok(range);
+        }
+        Err(wrong(format!("the range of the input of `{weight}` is {range}, expected a number above 0")))
+    }
+
     /// The mean magnitude of each of the `k` channels of a weight's input.
     ///
     /// # Errors
@@ -262,7 +293,17 @@ impl CalibrationTable {
 
     /// Refuses a table of another model.
     pub(super) fn check(&self, model: &Model) -> Result<()> {
-        let found = fingerprint(model)?;
+        self.check_of(&model.text, model.vision.as_ref().map(|v| &v.config), &*model.weights)
+    }
+
+    /// The same for the parts of a model.
+    pub(super) fn check_of(
+        &self,
+        text: &TextConfig,
+        vision: Option<&VisionConfig>,
+        weights: &dyn WeightSource,
+    ) -> Result<()> {
+        let found = fingerprint_of(text, vision, weights)?;
         if found == self.model {
             return Ok(());
         }

@@ -12,6 +12,7 @@ mod linear;
 mod matmul;
 mod norm;
 mod qkv;
+mod quantise;
 mod rope;
 mod shape;
 mod softmax;
@@ -31,6 +32,7 @@ pub use linear::{Activation, Linear, LinearNorm};
 pub use matmul::MatMul;
 pub use norm::{LayerNorm, NormAdd, RmsNorm};
 pub use qkv::{Qkv, QkvRope};
+pub use quantise::QuantDequant;
 pub use rope::{Rope, RopeLayout, RopeTable};
 pub use shape::{Concat, Permute, Reshape, Slice};
 pub use softmax::{Softmax, SoftmaxMask};
@@ -75,6 +77,7 @@ pub enum Op {
     Attention(Attention),
     NormAdd(NormAdd),
     TopK(TopK),
+    QuantDequant(QuantDequant),
 }
 
 /// Work of one call: what a roofline is computed from.
@@ -273,6 +276,7 @@ impl Op {
             Op::Attention(o) => o,
             Op::NormAdd(o) => o,
             Op::TopK(o) => o,
+            Op::QuantDequant(o) => o,
         }
     }
 

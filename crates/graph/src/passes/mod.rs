@@ -9,6 +9,7 @@ mod linear;
 mod load_time;
 mod norm;
 mod qkv;
+mod quantise;
 mod taps;
 #[cfg(test)]
 mod tests;
@@ -22,7 +23,8 @@ pub use linear::{fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_s
 pub use load_time::mark_load_time;
 pub use norm::{fuse_norm_add, fuse_norm_linear};
 pub use qkv::fuse_qkv;
-pub use taps::{NormedLinears, Tap, matrices, normed_linears, tap_linear_inputs};
+pub use quantise::{Precision, insert_quantise};
+pub use taps::{NormedLinears, Tap, matrices, normed_linears, tap_caches, tap_linear_inputs};
 
 /// What one pass did.
 #[derive(Clone, Debug, PartialEq, Eq)]

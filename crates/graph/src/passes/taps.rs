@@ -29,7 +29,7 @@ pub struct NormedLinears {
     pub weights: Vec<String>,
 }
 
-fn weight_of(graph: &Graph, value: Value) -> Option<&WeightRef> {
+pub(super) fn weight_of(graph: &Graph, value: Value) -> Option<&WeightRef> {
     match &graph.node(value).op {
         Op::Weight(w) => Some(w),
         _ => None,
@@ -38,7 +38,7 @@ fn weight_of(graph: &Graph, value: Value) -> Option<&WeightRef> {
 
 /// Input and weight of node `i` where it is a linear layer over a matrix as it is stored. A matrix made of a
 /// convolution's kernel is none.
-fn linear(graph: &Graph, i: usize) -> Option<(Value, Value)> {
+pub(super) fn linear(graph: &Graph, i: usize) -> Option<(Value, Value)> {
     let node = &graph.nodes[i];
     let Op::MatMul(_) = node.op else { return None };
     let &[x, w] = node.inputs.as_slice() else { return None };
@@ -108,6 +108,24 @@ pub fn tap_linear_inputs(graph: &mut Graph, wanted: &dyn Fn(&str) -> bool) -> Ve
     }
     graph.outputs = taps.iter().map(|(x, tap)| (tap.output.clone(), *x)).collect();
     taps.into_values().collect()
+}
+
+/// Adds what is appended to caches to the graph's results, under the names of the caches.
+pub fn tap_caches(graph: &mut Graph) -> Vec<Tap> {
+    let mut taps = Vec::new();
+    for i in 0..graph.nodes.len() {
+        let (Op::KvAppend(_), &[rows, state]) = (&graph.nodes[i].op, graph.nodes[i].inputs.as_slice()) else {
+            continue;
+        };
+        let (Op::State(cache), [_, width]) = (&graph.node(state).op, graph.meta(rows).shape.as_slice()) else {
+            continue;
+        };
+        let name = cache.name.clone();
+        let channels = width.as_fixed().unwrap_or(0);
+        taps.push(Tap { output: name.clone(), weights: vec![name.clone()], channels });
+        graph.outputs.push((name, rows));
+    }
+    taps
 }
 
 #[cfg(test)]

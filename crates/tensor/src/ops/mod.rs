@@ -32,6 +32,7 @@ pub use gather::{gather_rows, gather_rows_twin, weighted_gather, weighted_gather
 pub use kv::{kv_store, kv_store_twin};
 pub use linear::{
     Epilogue, Part, linear, linear_rounded, linear_scratch_bytes, linear_twin, packed_scratch_bytes,
+    round_activations,
 };
 pub use matmul::{MatmulB, matmul, matmul_twin};
 pub use norm::{layer_norm, layer_norm_twin, norm_add, norm_add_twin, rms_norm, rms_norm_twin};

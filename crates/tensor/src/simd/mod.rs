@@ -36,17 +36,19 @@ pub enum Isa {
     Avx512,
     /// aarch64 with NEON: 4 lanes.
     Neon,
+    /// The same with products of byte matrices (i8mm).
+    NeonI8mm,
 }
 
 impl Isa {
     /// The best instruction set of this machine.
     pub fn detect() -> Isa {
-        [Isa::Avx512, Isa::Avx2, Isa::Neon].into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+        Isa::available().first().copied().unwrap_or(Isa::Scalar)
     }
 
     /// Every instruction set of this machine, the best first.
     pub fn available() -> Vec<Isa> {
-        [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar]
+        [Isa::Avx512, Isa::Avx2, Isa::NeonI8mm, Isa::Neon, Isa::Scalar]
             .into_iter()
             .filter(|isa| isa.is_available())
             .collect()
@@ -72,6 +74,12 @@ impl Isa {
             }
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => {
+                Isa::Neon.is_available()
+                    && std::arch::is_aarch64_feature_detected!("dotprod")
+                    && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
             #[allow(unreachable_patterns, reason = "which arms remain depends on the target")]
             _ => false,
         }
@@ -83,7 +91,7 @@ impl Isa {
             Isa::Scalar => 1,
             Isa::Avx2 => 8,
             Isa::Avx512 => 16,
-            Isa::Neon => 4,
+            Isa::Neon | Isa::NeonI8mm => 4,
         }
     }
 
@@ -102,7 +110,7 @@ impl Isa {
                 unsafe { avx2::enter(kernel) }
             }
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon if self.is_available() => {
+            Isa::Neon | Isa::NeonI8mm if self.is_available() => {
                 // SAFETY: the feature was just found.
                 unsafe { neon::enter(kernel) }
             }
@@ -118,6 +126,7 @@ impl fmt::Display for Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
+            Isa::NeonI8mm => "neon-i8mm",
         })
     }
 }

@@ -14,7 +14,7 @@ use self::rows::{Rows, Store};
 use super::gemm::{self, gemm};
 use super::{SharedMut, expect};
 use crate::simd::{Kernel, Simd, math};
-use crate::{AlignedF32, Cpu, Error, Result, Weight};
+use crate::{AlignedF32, Cpu, Error, PackedFormat, Result, Weight};
 
 const OP: &str = "linear";
 
@@ -188,11 +188,40 @@ fn run(
 
 /// `x` as [`linear`] sees it for this weight: quantised where the weight is, and back. With it the twin's result is
 /// the kernel's up to rounding.
-pub fn linear_rounded(cpu: &Cpu, x: &[f32], k: usize, weight: Weight<'_>) -> Vec<f32> {
+pub fn linear_rounded(x: &[f32], k: usize, weight: Weight<'_>) -> Vec<f32> {
     match weight {
-        Weight::Packed(packed) => packed::rounded(cpu.isa(), x, k, packed),
+        Weight::Packed(packed) => {
+            let mut out = vec![0.0; x.len()];
+            packed::rounded(x, k, packed.format(), packed.input_range(), &mut out);
+            out
+        }
         _ => x.to_vec(),
     }
+}
+
+/// Rows of `k` values as [`linear`] sees them where they meet quantised weights of this format: rounded to signed
+/// bytes, a scale for each block, or one scale where the largest magnitude is fixed as `range`.
+///
+/// # Errors
+/// [`Error::Size`] where `out` is not as long as `x`.
+pub fn round_activations(
+    cpu: &Cpu,
+    x: &[f32],
+    k: usize,
+    format: PackedFormat,
+    range: Option<f32>,
+    out: &mut [f32],
+) -> Result<()> {
+    expect("round_activations", "out", &[x.len()], out.len())?;
+    let k = k.max(1);
+    let to = SharedMut::new(out);
+    super::for_rows(cpu, x.len().div_ceil(k), k, &|rows| {
+        let range_of = rows.start * k..(rows.end * k).min(x.len());
+        // SAFETY: these rows belong to this task.
+        let out = unsafe { to.slice(range_of.clone()) };
+        packed::rounded(&x[range_of], k, format, range, out);
+    });
+    Ok(())
 }
 
 /// The most scratch memory, in bytes, that [`linear`] takes from the context for `m` rows of `k` on `cpu`.

@@ -11,7 +11,7 @@
 use super::rows::{Rows, Store};
 use crate::ops::SharedMut;
 use crate::ops::gemm::FinishRows;
-use crate::packed::{IQ4_TABLE, Layout, Packed, ScaleKind, UNIT, ZeroKind};
+use crate::packed::{IQ4_TABLE, Layout, Packed, PackedFormat, ScaleKind, UNIT, ZeroKind};
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::{Cpu, Isa, Result, Weight};
 
@@ -39,19 +39,25 @@ pub(super) struct Shape {
     group: usize,
     /// The zero point, where all groups have the same.
     zero: Option<i32>,
+    /// Bits of the largest magnitude of `x`, where it was fixed beforehand: then all blocks have one scale.
+    range: Option<u32>,
 }
 
 impl Shape {
     pub(super) fn of(isa: Isa, packed: &Packed) -> Shape {
         let l = &packed.layout;
-        // Codes of eight bits deserve finer steps of x.
-        let block = if l.format.bits == 8 { 32 } else { 128 };
+        let block = block_of(l.format);
         let zero = match l.format.zero {
             ZeroKind::Fixed(zero) => Some(i32::from(zero) - bias(isa, l)),
             _ => None,
         };
-        Shape { block, group: l.group.min(block), zero }
+        Shape { block, group: l.group.min(block), zero, range: packed.input_range().map(f32::to_bits) }
     }
+}
+
+/// Steps of `x` that share a scale: codes of eight bits deserve finer ones.
+fn block_of(format: PackedFormat) -> usize {
+    if format.bits == 8 { 32 } else { 128 }
 }
 
 /// Whether codes, as they are multiplied, need all eight bits.
@@ -115,10 +121,11 @@ impl DotKernel for Quantise<'_> {
     fn run<D: Dots>(self, _: D) {
         let Quantise { x, values, k, first, rows } = self;
         let (block, group) = (x.shape.block, x.shape.group);
+        let range = x.shape.range.map(f32::from_bits);
         for (i, row) in values.chunks_exact(k).enumerate() {
             for (b, part) in row.chunks(block).enumerate() {
                 let mut codes = [0i8; 128];
-                let scale = quantise(part, &mut codes);
+                let scale = quantise(part, range, &mut codes);
                 // SAFETY: the tile's places in buffers that `X::floats` sized; nobody else has this tile.
                 unsafe {
                     *x.scales.at(first * x.blocks + b * rows + i) = scale;
@@ -141,9 +148,10 @@ impl DotKernel for Quantise<'_> {
     }
 }
 
-/// Codes `round(v / scale)` in -127..=127, and the scale; NaN where a value is not finite.
+/// Codes `round(v / scale)` in -127..=127, and the scale: that of the largest magnitude, or of `range`, beyond which
+/// values are cut off. NaN where a value is not finite.
 #[inline(always)]
-fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
+fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; 128]) -> f32 {
     let (mut most, mut finite) = (0f32, true);
     for v in values {
         let size = v.abs();
@@ -153,13 +161,21 @@ fn quantise(values: &[f32], codes: &mut [i8; 128]) -> f32 {
     if !finite {
         return f32::NAN;
     }
-    let scale = most / 127.0;
-    let inverse = if scale > 0.0 { 127.0 / most } else { 0.0 };
+    let limit = range.unwrap_or(most);
+    let scale = limit / 127.0;
+    let inverse = if scale > 0.0 { 127.0 / limit } else { 0.0 };
     // A subnormal maximum has no finite inverse; such values are lost in any sum.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    for (c, v) in codes.iter_mut().zip(values) {
-        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-        *c = (v * inverse + 12_582_912.0).to_bits() as i8;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    let code = |v: f32| (v + 12_582_912.0).to_bits() as i8;
+    if most > limit {
+        for (c, v) in codes.iter_mut().zip(values) {
+            *c = code((v * inverse).clamp(-127.0, 127.0));
+        }
+    } else {
+        for (c, v) in codes.iter_mut().zip(values) {
+            *c = code(v * inverse);
+        }
     }
     scale
 }
@@ -461,9 +477,16 @@ impl Unpack<'_> {
                     d.prefetch(codes.wrapping_add(AHEAD + line));
                 }
                 let q = unit::<D, BITS>(d, codes, l.format.table);
-                for s in 0..8 {
-                    let at = ((i * 8 + s) * self.to.panels + self.place) * 64;
-                    d.store_q(self.to.codes.add(at), q[s]);
+                if D::PAIRS {
+                    // One panel to a tile, so eight steps of it lie together.
+                    for s in 0..4 {
+                        d.store_eight(self.to.codes.add((i * 4 + s) * 128), [q[2 * s], q[2 * s + 1]]);
+                    }
+                } else {
+                    for s in 0..8 {
+                        let at = ((i * 8 + s) * self.to.panels + self.place) * 64;
+                        d.store_q(self.to.codes.add(at), q[s]);
+                    }
                 }
                 let header = Header::new(d, l, span);
                 for half in 0..if self.group == 16 { 2 } else { 1 } {
@@ -590,7 +613,12 @@ impl Tiles<'_> {
                             acc[i] = [d.splat_i(sums.add(i).cast::<i32>().read()); NP];
                         }
                     }
-                    for _ in 0..group / 16 {
+                    if D::PAIRS && NP == 1 {
+                        pairs::<D, R, NP>(d, &mut acc, codes, x, group / 8);
+                        codes = codes.add(16 * group);
+                        x = x.add(R * group / 4);
+                    }
+                    for _ in 0..if D::PAIRS && NP == 1 { 0 } else { group / 16 } {
                         for _ in 0..4 {
                             let mut w = [d.load_q(codes); NP];
                             for j in 1..NP {
@@ -662,6 +690,45 @@ impl Tiles<'_> {
                 block_scales = block_scales.add(R);
                 done += block;
             }
+        }
+    }
+}
+
+/// Adds `eights` times eight steps to the sums of one panel, two rows of `x` at a time; one row alone is taken twice.
+///
+/// # Safety
+/// Codes as [`Dots::store_eight`] stored them, and as many steps of `R` rows of `x`.
+#[inline(always)]
+unsafe fn pairs<D: Dots, const R: usize, const NP: usize>(
+    d: D,
+    acc: &mut [[D::I; NP]; R],
+    codes: *const u8,
+    x: *const i32,
+    eights: usize,
+) {
+    let mut sums = [[d.splat_i(0); 2]; 3];
+    for (pair, i) in sums.iter_mut().zip((0..R).step_by(2)) {
+        *pair = d.join([acc[i][0], acc[(i + 1).min(R - 1)][0]]);
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        for s in 0..eights {
+            let w = codes.add(128 * s);
+            let x = [x.add(2 * s * R), x.add((2 * s + 1) * R)];
+            if R == 1 {
+                let twice = x.map(|x| [*x; 2]);
+                sums[0] = d.dot_pair(sums[0], w, [twice[0].as_ptr(), twice[1].as_ptr()]);
+            }
+            for i in 0..R / 2 {
+                sums[i] = d.dot_pair(sums[i], w, [x[0].add(2 * i), x[1].add(2 * i)]);
+            }
+        }
+    }
+    for (pair, i) in sums.iter().zip((0..R).step_by(2)) {
+        let [first, second] = d.split(*pair);
+        acc[i][0] = first;
+        if i + 1 < R {
+            acc[i + 1][0] = second;
         }
     }
 }
@@ -793,7 +860,7 @@ fn scratch_of(cpu: &Cpu, shape: Shape, m: usize, k: usize, chunk: usize) -> [usi
 
 /// The most scratch memory, in bytes, that quantised parts take for `m` rows of `k`.
 pub(super) fn scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
-    let shape = Shape { block: 32, group: 16, zero: None };
+    let shape = Shape { block: 32, group: 16, zero: None, range: None };
     4 * scratch_of(cpu, shape, m, k, MAX_CHUNK).iter().sum::<usize>()
 }
 
@@ -940,8 +1007,11 @@ fn gemm(
                                 Unpack { packed, panel, first, units, group, to: single, place: 0 },
                             );
                             let minima = x.shape.zero.is_none();
+                            let pairs = dot::pairs(isa);
                             // SAFETY: both lie in this task's memory.
-                            unsafe { copy_lane(single, row % LANES, to, place, lane, steps, group, minima) };
+                            unsafe {
+                                copy_lane(single, row % LANES, to, place, lane, steps, group, minima, pairs);
+                            }
                         }
                     }
                 }
@@ -969,12 +1039,17 @@ unsafe fn copy_lane(
     steps: usize,
     group: usize,
     minima: bool,
+    pairs: bool,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's promise. Where pairs are multiplied, eight steps of a row lie together; there is one panel.
     unsafe {
+        let at = |s: usize, panel: usize, lane: usize| match pairs {
+            true => s / 2 * 128 + 8 * lane + 4 * (s % 2),
+            false => panel * 64 + 4 * lane,
+        };
         for s in 0..steps / 4 {
-            let four = from.codes.add(s * 64 + 4 * row).cast::<[u8; 4]>().read();
-            to.codes.add((s * to.panels + place) * 64 + 4 * lane).cast::<[u8; 4]>().write(four);
+            let four = from.codes.add(at(s, s, row)).cast::<[u8; 4]>().read();
+            to.codes.add(at(s, s * to.panels + place, lane)).cast::<[u8; 4]>().write(four);
         }
         for g in 0..steps.div_ceil(group) {
             let (source, target) = (g * LANES + row, (g * to.panels + place) * LANES + lane);
@@ -986,14 +1061,15 @@ unsafe fn copy_lane(
     }
 }
 
-/// `x` as [`linear`] sees it for these weights: quantised and back.
-pub(super) fn rounded(isa: Isa, x: &[f32], k: usize, packed: &Packed) -> Vec<f32> {
-    let block = Shape::of(isa, packed).block;
-    let mut out = Vec::with_capacity(x.len());
-    for part in x.chunks(k.max(1)).flat_map(|row| row.chunks(block)) {
-        let mut codes = [0i8; 128];
-        let scale = quantise(part, &mut codes);
-        out.extend(codes.iter().take(part.len()).map(|&c| f32::from(c) * scale));
+/// Rows of `k` values of `x` as [`linear`] sees them for weights of a format whose input has this range, if it is fixed:
+/// quantised and back.
+pub(super) fn rounded(x: &[f32], k: usize, format: PackedFormat, range: Option<f32>, out: &mut [f32]) {
+    let (k, block) = (k.max(1), block_of(format));
+    for (row, out) in x.chunks(k).zip(out.chunks_mut(k)) {
+        for (part, out) in row.chunks(block).zip(out.chunks_mut(block)) {
+            let mut codes = [0i8; 128];
+            let scale = quantise(part, range, &mut codes);
+            out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code) * scale);
+        }
     }
-    out
 }

@@ -90,7 +90,7 @@ fn compare(case: &str, m: usize, k: usize, parts: &[Part<'_>], epilogue: Epilogu
     let mut plain = vec![0.0; m * n];
     let mut offset = 0;
     for part in parts {
-        let rounded = linear_rounded(&cpu, &x, k, part.weight);
+        let rounded = linear_rounded(&x, k, part.weight);
         let mut y = vec![0.0; m * part.rows];
         linear_twin(&rounded, m, k, &[*part], Epilogue::None, &mut y).unwrap();
         for i in 0..m {
@@ -147,6 +147,54 @@ fn products_match_the_twin_for_all_formats() {
             for m in [1, 2, 5, 13] {
                 compare(&format!("{format:?} {m}x{k}"), m, k, &[part], Epilogue::None);
             }
+        }
+    }
+}
+
+#[test]
+fn inputs_of_a_fixed_range_are_cut_off_there_and_match_the_twin() {
+    for format in formats() {
+        let k = lengths(format)[1];
+        // Values of x reach 1: some are cut off at 0.6, and none at 2.
+        for range in [0.6, 2.0] {
+            let matrix = packed(format, 33, k, 9).with_input_range(range).unwrap();
+            let part = Part { weight: Weight::Packed(&matrix), rows: 33, bias: None };
+            for m in [1, 6] {
+                compare(&format!("{format:?} {m}x{k} within {range}"), m, k, &[part], Epilogue::None);
+            }
+        }
+    }
+    let format = PackedFormat::of(DType::Block(Block::Q4_0)).unwrap();
+    let cpu = Cpu::new(1).unwrap();
+    let mut rounded = [0.0; 4];
+    round_activations(&cpu, &[0.5, -3.0, 0.004, 1.0], 4, format, Some(1.27), &mut rounded).unwrap();
+    for (found, wanted) in rounded.iter().zip([0.5, -1.27, 0.0, 1.0]) {
+        assert!((found - wanted).abs() < 1e-6, "{rounded:?}");
+    }
+    for range in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        assert!(packed(format, 16, 32, 1).with_input_range(range).is_err());
+    }
+}
+
+/// `smmla` and `sdot` sum the same integers.
+#[test]
+#[cfg(target_arch = "aarch64")]
+fn products_of_byte_matrices_have_the_bits_of_byte_dot_products() {
+    use crate::Isa;
+    assert!(Isa::NeonI8mm.is_available(), "these tests run where there is i8mm");
+    for format in formats() {
+        let k = lengths(format)[1];
+        let matrix = packed(format, 40, k, 4);
+        let part = [Part { weight: Weight::Packed(&matrix), rows: 40, bias: None }];
+        for m in [2, 3, 4, 7, 8] {
+            let x = values(m * k, 8);
+            let [one, other] = [Isa::NeonI8mm, Isa::Neon].map(|isa| {
+                let mut y = vec![0.0; m * 40];
+                let cpu = Cpu::with_isa(isa, 1).unwrap();
+                linear(&cpu, &x, m, k, &part, Epilogue::None, &mut y).unwrap();
+                y
+            });
+            assert_eq!(one, other, "{format:?} {m}");
         }
     }
 }

@@ -50,7 +50,7 @@ pub(crate) fn tile_shape(isa: Isa) -> (usize, usize) {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => (avx2::Avx2::ROWS, avx2::Avx2::PANELS),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => (neon::Neon::ROWS, neon::Neon::PANELS),
+        Isa::Neon | Isa::NeonI8mm => (neon::Neon::<false>::ROWS, neon::Neon::<false>::PANELS),
         _ => (scalar::Scalar::ROWS, scalar::Scalar::PANELS),
     }
 }
@@ -63,9 +63,14 @@ pub(crate) fn bias8(isa: Isa) -> i32 {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::Avx2::BIAS8,
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => neon::Neon::BIAS8,
+        Isa::Neon | Isa::NeonI8mm => neon::Neon::<false>::BIAS8,
         _ => scalar::Scalar::BIAS8,
     }
+}
+
+/// Whether tiles on `isa` multiply two rows of `x` at a time: see [`Dots::PAIRS`].
+pub(crate) fn pairs(isa: Isa) -> bool {
+    best(isa) == Isa::NeonI8mm
 }
 
 /// The dispatch point.
@@ -87,6 +92,11 @@ pub(crate) fn run<K: DotKernel>(isa: Isa, kernel: K) {
             // SAFETY: `best` found the features.
             unsafe { neon::enter(kernel) }
         }
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => {
+            // SAFETY: `best` found the features.
+            unsafe { neon::enter_i8mm(kernel) }
+        }
         _ => kernel.run(scalar::Scalar),
     }
 }
@@ -103,6 +113,8 @@ pub(crate) trait Dots: Copy + Send + Sync + 'static {
     const ROWS: usize;
     /// Panels side by side in a tile.
     const PANELS: usize;
+    /// Whether tiles use [`Dots::dot_pair`]: one instruction for two rows of `x`, two of weights and eight steps.
+    const PAIRS: bool = false;
     /// What codes of eight bits are less by after [`Dots::bias8`]. Codes of fewer bits are taken as they are.
     const BIAS8: i32;
 
@@ -112,6 +124,43 @@ pub(crate) trait Dots: Copy + Send + Sync + 'static {
     /// # Safety
     /// A readable i32 at `x`.
     unsafe fn dot(self, acc: Self::I, w: Self::Q, x: *const i32) -> Self::I;
+    /// The sums of two rows of `x` as [`Dots::dot_pair`] keeps them.
+    #[inline(always)]
+    fn join(self, rows: [Self::I; 2]) -> [Self::I; 2] {
+        rows
+    }
+    /// The sums of each of the two rows.
+    #[inline(always)]
+    fn split(self, pair: [Self::I; 2]) -> [Self::I; 2] {
+        pair
+    }
+    /// [`Dots::dot`] for two rows of `x` and eight steps: `x[0]` points to four steps of the first row and, right behind,
+    /// of the second, `x[1]` to the next four; `w` is what [`Dots::store_eight`] stored.
+    /// # Safety
+    /// Two readable i32 at each of `x`, 128 readable bytes at `w`.
+    #[inline(always)]
+    unsafe fn dot_pair(self, acc: [Self::I; 2], w: *const u8, x: [*const i32; 2]) -> [Self::I; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [low, high] = [self.load_q(w), self.load_q(w.add(64))];
+            let first = self.dot(self.dot(acc[0], low, x[0]), high, x[1]);
+            let second = self.dot(self.dot(acc[1], low, x[0].add(1)), high, x[1].add(1));
+            [first, second]
+        }
+    }
+    /// Stores the codes of eight steps as [`Dots::dot_pair`] reads them: the eight of a row side by side where the
+    /// instruction set has [`Dots::PAIRS`], else as they are.
+    /// # Safety
+    /// 128 writable bytes at `p`.
+    #[inline(always)]
+    unsafe fn store_eight(self, p: *mut u8, q: [Self::Q; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.store_q(p, q[0]);
+            self.store_q(p.add(64), q[1]);
+        }
+    }
+
     /// The lanes as floats.
     fn to_f(self, a: Self::I) -> Self::F;
 

@@ -1,20 +1,27 @@
-//! NEON with the dot product extension: 16 products of signed bytes in one instruction.
+//! NEON with the dot product extension, 16 products of signed bytes in one instruction, and with the matrix extension,
+//! 32 products: two rows of `x` times two of weights, eight steps each.
 //!
-//! The intrinsics of `sdot` are not stable, so it is inline assembly.
+//! The intrinsics of `sdot` and `smmla` are not stable, so they are inline assembly.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::{DotKernel, Dots};
 
-/// Proof that the machine has the features of [`enter`].
+/// Proof that the machine has the features of [`enter`], or those of [`enter_i8mm`].
 #[derive(Clone, Copy)]
-pub(super) struct Neon(());
+pub(super) struct Neon<const I8MM: bool>(());
 
 /// Runs a kernel with the features enabled.
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn enter<K: DotKernel>(kernel: K) {
-    kernel.run(Neon(()))
+    kernel.run(Neon::<false>(()))
+}
+
+/// Runs a kernel with the features enabled.
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(super) fn enter_i8mm<K: DotKernel>(kernel: K) {
+    kernel.run(Neon::<true>(()))
 }
 
 /// Not a closure: what is called from one need not be inlined where the target features are.
@@ -30,12 +37,43 @@ macro_rules! four {
     }};
 }
 
-impl Dots for Neon {
+/// The lower halves of two vectors, or with `upper` 1 their upper halves.
+#[inline(always)]
+fn halves(a: int32x4_t, b: int32x4_t, upper: usize) -> int32x4_t {
+    // SAFETY: NEON is part of every aarch64 that this is compiled for.
+    unsafe {
+        let (a, b) = (vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b));
+        vreinterpretq_s32_s64(if upper == 0 { vzip1q_s64(a, b) } else { vzip2q_s64(a, b) })
+    }
+}
+
+/// `acc + x · wᵀ`, both of two rows of eight signed bytes.
+///
+/// # Safety
+/// The machine has i8mm.
+#[inline(always)]
+unsafe fn matrix(mut acc: int32x4_t, x: int32x4_t, w: uint8x16_t) -> int32x4_t {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            ".arch_extension i8mm",
+            "smmla {acc:v}.4s, {x:v}.16b, {w:v}.16b",
+            acc = inout(vreg) acc,
+            x = in(vreg) x,
+            w = in(vreg) w,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    acc
+}
+
+impl<const I8MM: bool> Dots for Neon<I8MM> {
     type I = [int32x4_t; 4];
     type F = [float32x4_t; 4];
     type Q = [uint8x16_t; 4];
     const ROWS: usize = 4;
     const PANELS: usize = 1;
+    const PAIRS: bool = I8MM;
     const BIAS8: i32 = 128;
 
     #[inline(always)]
@@ -60,6 +98,62 @@ impl Dots for Neon {
                 );
                 sum
             })
+        }
+    }
+    #[inline(always)]
+    fn join(self, [a, b]: [Self::I; 2]) -> [Self::I; 2] {
+        if !I8MM {
+            return [a, b];
+        }
+        // Lanes of a pair: two sums of the first row of x, then two of the second.
+        [
+            [halves(a[0], b[0], 0), halves(a[0], b[0], 1), halves(a[1], b[1], 0), halves(a[1], b[1], 1)],
+            [halves(a[2], b[2], 0), halves(a[2], b[2], 1), halves(a[3], b[3], 0), halves(a[3], b[3], 1)],
+        ]
+    }
+    #[inline(always)]
+    fn split(self, [a, b]: [Self::I; 2]) -> [Self::I; 2] {
+        if !I8MM {
+            return [a, b];
+        }
+        [
+            [halves(a[0], a[1], 0), halves(a[2], a[3], 0), halves(b[0], b[1], 0), halves(b[2], b[3], 0)],
+            [halves(a[0], a[1], 1), halves(a[2], a[3], 1), halves(b[0], b[1], 1), halves(b[2], b[3], 1)],
+        ]
+    }
+    #[inline(always)]
+    unsafe fn dot_pair(self, acc: [Self::I; 2], w: *const u8, x: [*const i32; 2]) -> [Self::I; 2] {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            if !I8MM {
+                let [low, high] = [self.load_q(w), self.load_q(w.add(64))];
+                let first = self.dot(self.dot(acc[0], low, x[0]), high, x[1]);
+                let second = self.dot(self.dot(acc[1], low, x[0].add(1)), high, x[1].add(1));
+                return [first, second];
+            }
+            // Eight steps of the first row, then of the second.
+            let (low, high) = (vld1_s32(x[0]), vld1_s32(x[1]));
+            let x = vcombine_s32(vzip1_s32(low, high), vzip2_s32(low, high));
+            [
+                four!(|I| matrix(acc[0][I], x, vld1q_u8(w.add(16 * I)))),
+                four!(|I| matrix(acc[1][I], x, vld1q_u8(w.add(64 + 16 * I)))),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_eight(self, p: *mut u8, q: [Self::Q; 2]) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            if !I8MM {
+                self.store_q(p, q[0]);
+                self.store_q(p.add(64), q[1]);
+                return;
+            }
+            for i in 0..4 {
+                let (low, high) = (vreinterpretq_u32_u8(q[0][i]), vreinterpretq_u32_u8(q[1][i]));
+                vst1q_u8(p.add(32 * i), vreinterpretq_u8_u32(vzip1q_u32(low, high)));
+                vst1q_u8(p.add(32 * i + 16), vreinterpretq_u8_u32(vzip2q_u32(low, high)));
+            }
         }
     }
     #[inline(always)]

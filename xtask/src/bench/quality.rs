@@ -1,0 +1,312 @@
+//! What quantising loses: our files beside those of llama.cpp's own quantiser, from the same weights and judged by the
+//! same program; and the vision encoder by format.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::models::{Work, build_program};
+use crate::error::io_error;
+use crate::{Error, Result, repo};
+
+/// Whose tokenizer and small files the synthetic models have.
+const BASE: &str = "tests/golden/default";
+const SIDE_FILES: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"];
+/// Ids below are ordinary tokens of that tokenizer.
+const ORDINARY: u64 = 900;
+
+/// Formats that llama.cpp's quantiser is asked for, and ours of at most as many bits.
+const PAIRS: [(&str, &[&str]); 5] = [
+    ("Q8_0", &["Q8_0", "int8-g128"]),
+    ("Q4_K", &["Q4_K", "int4-g64"]),
+    ("Q4_0", &["Q4_0", "int4-g64"]),
+    ("Q3_K", &["Q3_K"]),
+    ("Q2_K", &["Q2_K", "int2-g64-asym"]),
+];
+
+/// Formats of the vision encoder; the decoder stays as it is.
+const VISION: [&str; 6] = ["F16", "Q8_0", "int8-g128", "int8-row", "int4-g64", "Q4_0"];
+
+/// Pictures that are encoded.
+const PICTURES: [&str; 2] = ["tests/golden/odd-sizes/640x97.png", "tests/golden/odd-sizes/113x450.png"];
+
+/// Sizes of a synthetic model.
+struct Shape {
+    layers: usize,
+    hidden: usize,
+    /// Components of a head.
+    head: usize,
+    inner: usize,
+    /// Blocks and width of the vision encoder.
+    vision: (usize, usize),
+}
+
+/// What is measured.
+struct Sizes {
+    text: Shape,
+    vision: Shape,
+    /// Prompts and tokens of each.
+    prompts: (usize, usize),
+    vision_formats: usize,
+}
+
+impl Sizes {
+    fn new(quick: bool) -> Sizes {
+        match quick {
+            false => Sizes {
+                text: Shape { layers: 6, hidden: 512, head: 64, inner: 1536, vision: (0, 64) },
+                vision: Shape { layers: 1, hidden: 4096, head: 128, inner: 13_696, vision: (24, 1536) },
+                prompts: (24, 128),
+                vision_formats: VISION.len(),
+            },
+            true => {
+                let small = |blocks| Shape { layers: 1, hidden: 256, head: 64, inner: 256, vision: (blocks, 64) };
+                Sizes { text: small(0), vision: small(1), prompts: (2, 16), vision_formats: 2 }
+            }
+        }
+    }
+}
+
+impl Shape {
+    /// The base's configuration with these sizes.
+    fn config(&self) -> Result<Value> {
+        let path = repo::root().join(BASE).join("config.json");
+        let mut config: Value = serde_json::from_str(&repo::read(&path)?).map_err(|e| Error::Content {
+            place: path.display().to_string(),
+            wanted: "JSON".into(),
+            found: e.to_string(),
+        })?;
+        let (blocks, width) = self.vision;
+        let rope = json!({
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+            "mrope_section": [self.head / 16, self.head * 3 / 32, self.head * 3 / 32],
+        });
+        for (part, field, value) in [
+            ("text_config", "hidden_size", json!(self.hidden)),
+            ("text_config", "intermediate_size", json!(self.inner)),
+            ("text_config", "num_hidden_layers", json!(self.layers)),
+            ("text_config", "num_attention_heads", json!(self.hidden / self.head)),
+            ("text_config", "rope_parameters", rope),
+            ("vision_config", "depth", json!(blocks)),
+            ("vision_config", "hidden_size", json!(width)),
+            ("vision_config", "num_heads", json!((width / 128).max(1))),
+            ("vision_config", "image_size", json!(336)),
+            ("vision_config", "out_hidden_size", json!(self.hidden)),
+            ("vision_config", "intermediate_size", json!(self.inner)),
+        ] {
+            config[part][field] = value;
+        }
+        Ok(config)
+    }
+}
+
+/// Everything that is run and written here.
+struct Bench<'a> {
+    program: PathBuf,
+    peer: Option<&'a Path>,
+    work: Work,
+    sizes: Sizes,
+}
+
+impl Bench<'_> {
+    fn file(&self, name: &str) -> PathBuf {
+        self.work.0.join(name)
+    }
+
+    /// A checkpoint whose norms amplify some channels, as trained ones do: that is what importance is about.
+    fn model(&self, name: &str, dtype: &str, shape: &Shape) -> Result<PathBuf> {
+        let base = self.file(&format!("{name}-base"));
+        std::fs::create_dir_all(&base).map_err(io_error("create", &base))?;
+        for file in SIDE_FILES {
+            let from = repo::root().join(BASE).join(file);
+            std::fs::copy(&from, base.join(file)).map_err(io_error("copy", &from))?;
+        }
+        repo::write(&base.join("config.json"), &shape.config()?.to_string())?;
+        let out = self.file(name);
+        let this = std::env::current_exe().map_err(io_error("find", Path::new("this program")))?;
+        let mut synth = Command::new(this);
+        synth.arg("synth").arg(&base).arg(&out).args(["--dtype", dtype, "--norm-std", "0.5"]);
+        repo::output_of(&mut synth)?;
+        Ok(out)
+    }
+
+    fn run(&self, arguments: &[&str], paths: &[(&str, &Path)]) -> Result<Value> {
+        let mut command = Command::new(&self.program);
+        command.args(arguments);
+        for (flag, path) in paths {
+            command.arg(flag).arg(path);
+        }
+        let output = repo::output_of(&mut command)?;
+        Ok(serde_json::from_slice(&output).unwrap_or(Value::Null))
+    }
+
+    /// Prompts of ordinary tokens: what an untrained model reads does not matter, as long as both read the same.
+    fn samples(&self, name: &str, seed: u64) -> Result<PathBuf> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % ORDINARY
+        };
+        let mut text = String::new();
+        for _ in 0..self.sizes.prompts.0 {
+            let ids: Vec<u64> = (0..self.sizes.prompts.1).map(|_| next()).collect();
+            let _ = writeln!(text, "{}", json!({ "input_ids": ids }));
+        }
+        let path = self.file(name);
+        repo::write(&path, &text)?;
+        Ok(path)
+    }
+
+    fn eval(&self, reference: &Path, models: &[PathBuf], samples: &Path) -> Result<Vec<Value>> {
+        let mut paths = vec![("--reference", reference), ("--samples", samples)];
+        paths.extend(models.iter().map(|m| ("--model", m.as_path())));
+        let report = self.run(&["eval", "--json"], &paths)?;
+        let all = report["models"].as_array().cloned().unwrap_or_default();
+        if all.len() != models.len() {
+            return Err(Error::Content {
+                place: "pocketglm eval".into(),
+                wanted: format!("{} models", models.len()),
+                found: all.len().to_string(),
+            });
+        }
+        Ok(all)
+    }
+
+    /// The text model by format, as Markdown.
+    fn text(&self) -> Result<String> {
+        let model = self.model("text", "f32", &self.sizes.text)?;
+        let whole = self.file("f32.gguf");
+        self.run(&["quantize", "--policy", "F32", "--quiet"], &[("--model", &model), ("--out", &whole)])?;
+        let (seen, other) = (self.samples("seen.jsonl", 1)?, self.samples("other.jsonl", 2)?);
+        let table = self.file("table");
+        self.run(
+            &["calibrate", "--second-moments", "*", "--quiet"],
+            &[("--model", &whole), ("--samples", &seen), ("--out", &table)],
+        )?;
+        let mut rows: Vec<(String, String, PathBuf)> = Vec::new();
+        for (theirs, ours) in PAIRS {
+            if let Some(peer) = self.peer {
+                let out = self.file(&format!("llama-{theirs}.gguf"));
+                let mut quantize = Command::new(peer);
+                quantize.arg("quantize").args(["--type", theirs, "--pure", "--in"]).arg(&whole);
+                repo::output_of(quantize.arg("--out").arg(&out))?;
+                rows.push((theirs.into(), "llama.cpp".into(), out));
+            }
+            for format in ours {
+                for method in ["round", "search", "gptq", "awq"] {
+                    let block = format.starts_with('Q');
+                    let out = self.file(&format!("{theirs}-{format}-{method}.{}", if block { "gguf" } else { "pglm" }));
+                    self.run(
+                        &["quantize", "--policy", format, "--method", method, "--quiet"],
+                        &[("--model", &whole), ("--calibration", &table), ("--out", &out)],
+                    )?;
+                    rows.push(((*format).into(), format!("ours, {method}"), out));
+                }
+            }
+        }
+        let paths: Vec<PathBuf> = rows.iter().map(|r| r.2.clone()).collect();
+        let found = self.eval(&whole, &paths, &other)?;
+        let number = |v: &Value, name: &str| v[name].as_f64().unwrap_or(f64::NAN);
+        let mut text = String::from(
+            "| format | made by | bits | KL | of llama.cpp's | perplexity | same top |\n| --- | --- | --- | --- | --- | --- | --- |\n",
+        );
+        let mut theirs = f64::NAN;
+        for ((format, by, _), v) in rows.iter().zip(&found) {
+            let kl = number(v, "kl");
+            if by == "llama.cpp" {
+                theirs = kl;
+            }
+            let ratio = if theirs.is_nan() { String::new() } else { format!("{:.2}", kl / theirs) };
+            let _ = writeln!(
+                text,
+                "| {format} | {by} | {:.3} | {kl:.2e} | {ratio} | {:.2} | {:.1} % |",
+                number(v, "bits_per_weight"),
+                number(v, "perplexity"),
+                100.0 * number(v, "same_top")
+            );
+        }
+        Ok(text)
+    }
+
+    /// The vision encoder by format, as Markdown.
+    fn vision(&self) -> Result<String> {
+        let model = self.model("vision", "bf16", &self.sizes.vision)?;
+        let samples = self.file("pictures.jsonl");
+        let mut parts: Vec<Value> =
+            PICTURES.map(|p| json!({ "type": "image", "image": repo::root().join(p) })).into();
+        parts.push(json!({ "type": "text", "text": "What is on the screen? Tap the button and open the settings." }));
+        repo::write(&samples, &json!({ "messages": [{ "role": "user", "content": parts }] }).to_string())?;
+        let mut text = String::from(
+            "| format | bits | relative L2 | cosine | least cosine | KL | same top |\n| --- | --- | --- | --- | --- | --- | --- |\n",
+        );
+        for format in &VISION[..self.sizes.vision_formats] {
+            let policy = self.file("vision-policy.json");
+            let rules = json!({ "name": format, "rules": [
+                { "tensors": "model.visual.*", "format": format },
+                { "tensors": "*", "format": "keep" },
+            ] });
+            repo::write(&policy, &rules.to_string())?;
+            let out = self.file(&format!("vision-{format}.pglm"));
+            self.run(&["quantize", "--quiet"], &[("--policy", &policy), ("--model", &model), ("--out", &out)])?;
+            let found = self.eval(&model, std::slice::from_ref(&out), &samples)?;
+            std::fs::remove_file(&out).map_err(io_error("remove", &out))?;
+            let Some(v) = found.first() else { continue };
+            let p = &v["pictures"];
+            let number = |v: &Value, name: &str| v[name].as_f64().unwrap_or(f64::NAN);
+            let _ = writeln!(
+                text,
+                "| {format} | {:.3} | {:.2e} | {:.6} | {:.6} | {:.2e} | {:.1} % |",
+                number(v, "bits_per_weight"),
+                number(p, "relative_l2"),
+                number(p, "cosine"),
+                number(p, "least_cosine"),
+                number(v, "kl"),
+                100.0 * number(v, "same_top")
+            );
+        }
+        Ok(text)
+    }
+}
+
+/// The section of the report.
+pub fn section(peer: Option<&Path>, quick: bool) -> Result<String> {
+    let bench =
+        Bench { program: build_program()?, peer, work: Work::new("quality")?, sizes: Sizes::new(quick) };
+    let Sizes { text: Shape { layers, hidden, inner, .. }, vision: Shape { vision: (blocks, width), .. }, prompts, .. } =
+        bench.sizes;
+    let intro = format!(
+        "Synthetic weights, since no trained model belongs to the repository: normally distributed matrices, and norms \
+         whose channels differ (standard deviation 0.5). Ratios count, not sizes: an untrained model amplifies errors.\n\n\
+         The decoder: {layers} layers, {hidden} wide, MLP {inner}, 1024 tokens; {} predictions. llama.cpp's files come from \
+         its own quantiser (`peers quantize --pure`, no importance matrix), ours from the same F32 GGUF file: plain \
+         rounding, and search, GPTQ and AWQ with a calibration table of other samples. `pocketglm eval` judges all; every \
+         matrix has the format, the embedding table and the head too. Formats whose name begins with Q are GGUF's, with \
+         the same bits on both sides.\n\n",
+        prompts.0 * (prompts.1 - 1)
+    );
+    let text = bench.text()?;
+    let middle = format!(
+        "\nThe vision encoder: {blocks} blocks, {width} wide, two pictures (640x97, 113x450), a decoder of {} layer in bf16. \
+         The merger's rows against those of the original (bf16), and what the difference does to the decoder's \
+         predictions.\n\n",
+        bench.sizes.vision.layers
+    );
+    Ok(intro + &text + &middle + &bench.vision()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_of_the_tables_has_numbers() {
+        let text = section(None, true).unwrap();
+        let rows: Vec<&str> = text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
+        // Eight formats with four methods each, and those of the vision encoder but F16.
+        assert_eq!(rows.len(), 8 * 4 + 1, "{text}");
+        assert!(!text.contains("NaN"), "{text}");
+    }
+}
