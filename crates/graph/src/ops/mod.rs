@@ -6,6 +6,7 @@
 mod attention;
 mod conv;
 mod elementwise;
+mod frame_conv;
 mod gather;
 mod kv;
 mod linear;
@@ -24,11 +25,12 @@ use pocketglm_tensor::{Cpu, DType, KvFormat, KvRows, Tensor, Weight};
 pub use attention::{Attention, AttentionMask};
 pub use conv::{BatchNorm, Conv};
 pub use elementwise::{Binary, BinaryKind, Scale, Unary, UnaryKind};
+pub use frame_conv::{ConvNorm, FrameConv};
 pub use gather::{GatherRows, ScatterRows, WeightedGather};
 pub use kv::{KvAppend, KvRead};
 pub use linear::{Activation, Linear, LinearNorm};
 pub use matmul::MatMul;
-pub use norm::{LayerNorm, NormAdd, RmsNorm};
+pub use norm::{InstanceNorm, LayerNorm, NormAdd, RmsNorm};
 pub use qkv::{Qkv, QkvRope};
 pub use rope::{Rope, RopeLayout, RopeTable};
 pub use shape::{Concat, Permute, Reshape, Slice};
@@ -54,6 +56,7 @@ pub enum Op {
     MatMul(MatMul),
     RmsNorm(RmsNorm),
     LayerNorm(LayerNorm),
+    InstanceNorm(InstanceNorm),
     BatchNorm(BatchNorm),
     Softmax(Softmax),
     RopeTable(RopeTable),
@@ -68,6 +71,7 @@ pub enum Op {
     KvAppend(KvAppend),
     KvRead(KvRead),
     Conv(Conv),
+    FrameConv(FrameConv),
     Linear(Linear),
     Qkv(Qkv),
     Attention(Attention),
@@ -251,6 +255,7 @@ impl Op {
             Op::MatMul(o) => o,
             Op::RmsNorm(o) => o,
             Op::LayerNorm(o) => o,
+            Op::InstanceNorm(o) => o,
             Op::BatchNorm(o) => o,
             Op::Softmax(o) => o,
             Op::RopeTable(o) => o,
@@ -265,6 +270,7 @@ impl Op {
             Op::KvAppend(o) => o,
             Op::KvRead(o) => o,
             Op::Conv(o) => o,
+            Op::FrameConv(o) => o,
             Op::Linear(o) => o,
             Op::Qkv(o) => o,
             Op::Attention(o) => o,
