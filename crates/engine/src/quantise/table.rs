@@ -71,7 +71,7 @@ pub(super) fn fingerprint(model: &Model) -> Result<String> {
         t.mrope_section,
         t.tie_word_embeddings
     ));
-    let graph = crate::model::whole_graph(t, model.vision.as_ref().map(|v| &v.config))?;
+    let graph = crate::model::whole_graph(t, model.vision.as_ref().map(|v| (&v.config, v.fusion)))?;
     for info in graph.weights() {
         hash.update(format!("{} {:?}\n", info.name, info.shape));
         if info.shape.len() == 1 {
