@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use pocketglm::{ContentFormat, Engine, EngineOptions, Error, GenerateOptions, KvFormat, Model, ReadMode};
+use pocketglm::{
+    AudioPrecision, ContentFormat, Engine, EngineOptions, Error, GenerateOptions, KvFormat, Model, ReadMode,
+};
 
 use crate::failure::Failure;
 use crate::output::complain;
@@ -47,6 +49,12 @@ pub struct ModelArgs {
     /// How keys and values of the conversation are stored: f16, int8 and int4 need less memory and time at long contexts, and are less exact.
     #[arg(long, value_enum, default_value_t = Kv::F32)]
     pub kv: Kv,
+    /// File that adds an audio branch to the checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub adapter: Option<PathBuf>,
+    /// How the matrices of an audio encoder are kept: int8 is faster and less exact.
+    #[arg(long, value_enum, default_value_t = AudioWeights::Stored)]
+    pub audio_weights: AudioWeights,
     /// Run the graph as it was built, without fusing operations: for comparisons.
     #[arg(long)]
     pub no_fuse: bool,
@@ -81,6 +89,24 @@ pub enum Read {
     Map,
     /// Copied at the start.
     Read,
+}
+
+/// How matrices of an audio encoder are kept.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AudioWeights {
+    /// As the checkpoint stores them.
+    Stored,
+    /// 8 bits, a scale for every 128 numbers.
+    Int8,
+}
+
+impl From<AudioWeights> for AudioPrecision {
+    fn from(weights: AudioWeights) -> AudioPrecision {
+        match weights {
+            AudioWeights::Stored => AudioPrecision::Stored,
+            AudioWeights::Int8 => AudioPrecision::Int8,
+        }
+    }
 }
 
 /// How keys and values are stored.
@@ -129,9 +155,12 @@ impl ModelArgs {
                 Read::Read => ReadMode::Read,
             },
             kv: self.kv.into(),
+            adapter: self.adapter.clone(),
+            audio_precision: self.audio_weights.into(),
             fuse: !self.no_fuse,
             simulate: None,
             progress: bars.hook(),
+            ..EngineOptions::default()
         })
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::{ArgGroup, Args};
 use pocketglm::{
     Engine, Error, FinishReason, GenerateOptions, Generation, Message, Part, Picture, PreparedPrompt,
-    Request, Session, Timings,
+    Request, Session, Sound, Timings,
 };
 use serde_json::{Value, json};
 
@@ -24,7 +24,7 @@ const MAX_REQUEST_BYTES: u64 = 256 << 20;
 
 /// Answer one prompt.
 #[derive(Args, Debug)]
-#[command(group = ArgGroup::new("input").args(["prompt", "image", "video", "request"]).required(true).multiple(true))]
+#[command(group = ArgGroup::new("input").args(["prompt", "image", "video", "audio", "request"]).required(true).multiple(true))]
 pub struct GenerateArgs {
     /// What the user says.
     #[arg(long, value_name = "TEXT")]
@@ -38,9 +38,13 @@ pub struct GenerateArgs {
     /// Frames of one video, all of one size, two for each second.
     #[arg(long, value_name = "FRAME", num_args = 1..)]
     video: Vec<PathBuf>,
+    /// WAV file that stands before the text, behind the pictures; may be given several times. The checkpoint needs an
+    /// audio branch, of its own or by --adapter.
+    #[arg(long, value_name = "FILE")]
+    audio: Vec<PathBuf>,
     /// Request file, `-` for standard input: {"messages": [...]} as OpenAI-style APIs take it, with paths or data
     /// URLs for pictures, or {"input_ids": [...]}.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "system", "image", "video"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "system", "image", "video", "audio"])]
     request: Option<PathBuf>,
     /// Print one JSON object instead of the text.
     #[arg(long)]
@@ -122,7 +126,7 @@ pub fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
     Ok(if finish == FinishReason::Cancelled { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
 }
 
-/// The conversation that the flags describe: pictures and the video stand before the text.
+/// The conversation that the flags describe: pictures, the video and sounds stand before the text.
 fn messages(args: &GenerateArgs) -> Vec<Message> {
     let mut parts: Vec<Part> = args.image.iter().map(|path| Part::Image(Picture::file(path))).collect();
     if !args.video.is_empty() {
@@ -131,6 +135,7 @@ fn messages(args: &GenerateArgs) -> Vec<Message> {
             seconds: Vec::new(),
         });
     }
+    parts.extend(args.audio.iter().map(|path| Part::Audio(Sound::file(path))));
     parts.extend(args.prompt.clone().map(Part::Text));
     let user = match parts.as_slice() {
         [Part::Text(text)] => Message::text("user", text),

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use pocketglm::{Engine, MemoryPlan, ModelInfo};
+use pocketglm::{Engine, MemoryPlan, ModelInfo, Recogniser, RecogniserInfo};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, screen};
@@ -39,6 +39,9 @@ pub struct InfoArgs {
 pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     // Inspecting takes a moment at most, so there is no bar.
     let options = args.model.options(&Bars::new(true))?;
+    if Recogniser::is_one(&args.model.model) {
+        return hears(args);
+    }
     let Screen(wanted) = args.screen.unwrap_or(PHONE);
     let picture = wanted.map(|(w, h)| (w as usize, h as usize));
     let (info, plan) = Engine::inspect(&args.model.model, &options, picture)?;
@@ -64,6 +67,84 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Seconds of audio that the plan of a speech checkpoint provides for: a chunk of `transcribe` with its context.
+const SECONDS: f64 = 30.0;
+
+/// The report of a speech checkpoint.
+fn hears(args: &InfoArgs) -> Result<ExitCode, Failure> {
+    let options = args.model.options(&Bars::new(true))?;
+    let (info, plan) = Recogniser::inspect(&args.model.model, &options, SECONDS)?;
+    let refused = args.model.memory.filter(|budget| plan.total() > *budget);
+    let mut out = Out::new();
+    match args.json {
+        true => {
+            let mut object = speech_json(&info, &plan);
+            object["memory"] = json!(args.model.memory);
+            object["fits"] = json!(refused.is_none());
+            out.json(&object)?;
+        }
+        false => out.line(&speech(&info, &plan))?,
+    }
+    match refused {
+        Some(budget) => Err(Failure::Budget { plan, budget, shown: true }),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn family(info: &RecogniserInfo) -> &'static str {
+    if info.config.do_stable_layer_norm { "norms before the blocks" } else { "norms after the residuals" }
+}
+
+fn speech(info: &RecogniserInfo, plan: &MemoryPlan) -> String {
+    let mut lines = Vec::new();
+    let mut line = |label: &str, text: String| lines.push(format!("{label:LABEL$}{text}"));
+    let c = &info.config;
+    line("model", format!("wav2vec2, {} layers of {}, {}", c.num_hidden_layers, c.hidden_size, family(info)));
+    line(
+        "vocabulary",
+        match (info.head, info.vocabulary) {
+            (0, _) => "none: features only".into(),
+            (_, None) => format!("{} tokens without vocab.json", thousands(c.vocab_size as u64)),
+            (_, Some(n)) => format!("{} tokens", thousands(n as u64)),
+        },
+    );
+    let rate = 16_000.0 / c.samples_per_frame() as f64;
+    line("frames", format!("{rate} a second, the shortest clip has {} samples", c.receptive_field()));
+    let all = info.encoder + info.head;
+    let width = thousands(all).len();
+    for (i, (name, n)) in [("encoder", info.encoder), ("head", info.head), ("total", all)].iter().enumerate()
+    {
+        line(if i == 0 { "parameters" } else { "" }, format!("{name:8}{:>width$}", thousands(*n)));
+    }
+    for (i, (name, n)) in info.bytes.iter().enumerate() {
+        line(
+            if i == 0 { "stored as" } else { "" },
+            format!("{name:8}{} bytes  {:>12}", thousands(*n), human(*n)),
+        );
+    }
+    line("plan for", format!("{SECONDS} seconds at once, a chunk of `transcribe` with its context"));
+    lines.push(plan_table(plan));
+    lines.join("\n")
+}
+
+fn speech_json(info: &RecogniserInfo, plan: &MemoryPlan) -> Value {
+    let parts: Vec<Value> = plan.parts.iter().map(|p| json!({"name": p.name, "bytes": p.bytes})).collect();
+    json!({
+        "model_type": "wav2vec2",
+        "layers": info.config.num_hidden_layers,
+        "hidden_size": info.config.hidden_size,
+        "do_stable_layer_norm": info.config.do_stable_layer_norm,
+        "vocabulary": info.vocabulary,
+        "samples_per_frame": info.config.samples_per_frame(),
+        "shortest_clip": info.config.receptive_field(),
+        "tensors": info.tensors,
+        "parameters": {"encoder": info.encoder, "head": info.head, "total": info.encoder + info.head},
+        "stored_bytes": info.bytes,
+        "seconds": SECONDS,
+        "plan": {"parts": parts, "total": plan.total()},
+    })
+}
+
 /// The device that would run the checkpoint.
 fn device(args: &InfoArgs) -> Result<String, Failure> {
     Ok(args.model.open(&Bars::new(true))?.engine().device())
@@ -76,7 +157,9 @@ const LABEL: usize = 17;
 const TYPES: [(&str, u64); 4] = [("f32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)];
 
 fn total(info: &ModelInfo) -> pocketglm::Parameters {
-    pocketglm::Parameters { count: info.decoder.count + info.head.count + info.vision.count }
+    pocketglm::Parameters {
+        count: info.decoder.count + info.head.count + info.vision.count + info.audio.count,
+    }
 }
 
 fn report(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) -> String {
@@ -86,11 +169,17 @@ fn report(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) -> St
         0 => "text only".to_string(),
         blocks => format!("{blocks} vision blocks"),
     };
-    line("model", format!("{}, {} decoder layers, {sight}", info.model_type, info.layers));
+    let hearing = match info.audio_layers {
+        0 => String::new(),
+        layers => format!(", {layers} audio layers"),
+    };
+    line("model", format!("{}, {} decoder layers, {sight}{hearing}", info.model_type, info.layers));
     line("vocabulary", format!("{} tokens", thousands(info.vocabulary as u64)));
     line("made for", format!("{} tokens", thousands(info.max_position_embeddings as u64)));
     let total = total(info);
-    let parts = [("decoder", info.decoder), ("head", info.head), ("vision", info.vision), ("total", total)];
+    let mut parts = vec![("decoder", info.decoder), ("head", info.head), ("vision", info.vision)];
+    parts.extend((info.audio_layers > 0).then_some(("audio", info.audio)));
+    parts.push(("total", total));
     let width = thousands(total.count).len();
     for (i, (name, p)) in parts.into_iter().enumerate() {
         let label = if i == 0 { "parameters" } else { "" };
@@ -129,6 +218,7 @@ fn report_json(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) 
         "model_type": info.model_type,
         "layers": info.layers,
         "vision_blocks": info.vision_blocks,
+        "audio_layers": info.audio_layers,
         "vocabulary": info.vocabulary,
         "max_position_embeddings": info.max_position_embeddings,
         "tensors": info.tensors,
@@ -136,6 +226,7 @@ fn report_json(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) 
             "decoder": info.decoder.count,
             "head": info.head.count,
             "vision": info.vision.count,
+            "audio": info.audio.count,
             "total": total.count,
         },
         "size_bytes": sizes,
@@ -162,6 +253,8 @@ mod tests {
             decoder: Parameters { count: 8_000_000_001 },
             head: Parameters::default(),
             vision: Parameters { count: 500 },
+            audio: Parameters::default(),
+            audio_layers: 0,
             tensors: 3,
             bytes: BTreeMap::from([("BF16", 16_000_001_002)]),
             layers: 40,

@@ -22,6 +22,7 @@ mod progress;
 mod quantize;
 mod taps;
 mod trace;
+mod transcribe;
 
 use std::process::ExitCode;
 
@@ -47,6 +48,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Write the intermediate tensors of one forward pass to a safetensors file.
     Trace(trace::TraceArgs),
+    /// Turn a recording of speech into text with times, for a Wav2Vec2 checkpoint with a CTC head.
+    Transcribe(transcribe::TranscribeArgs),
     /// Make a smaller model: integers of 8, 4 or 2 bits, or GGUF's blocks.
     Quantize(quantize::QuantizeArgs),
     /// Record what a model's activations look like on samples, for better quantising.
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Trace(args) => trace::run(&args),
+        Command::Transcribe(args) => transcribe::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),

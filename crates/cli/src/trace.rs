@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use pocketglm::{Recogniser, Request};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
@@ -14,8 +15,9 @@ use crate::progress::Bars;
 /// Write the tensors of one forward pass.
 #[derive(Args, Debug)]
 pub struct TraceArgs {
-    /// Request file, `-` for standard input; see `generate --request`.
-    #[arg(long, value_name = "FILE")]
+    /// Request file, `-` for standard input, or the JSON itself; see `generate --request`. A speech checkpoint takes
+    /// {"audio": "clip.wav"}.
+    #[arg(long, value_name = "FILE|JSON")]
     request: PathBuf,
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
@@ -26,12 +28,21 @@ pub struct TraceArgs {
 
 /// Runs the command.
 pub fn run(args: &TraceArgs) -> Result<ExitCode, Failure> {
-    let request = read_request(&args.request)?;
+    let request = match args.request.to_str().filter(|text| text.trim_start().starts_with('{')) {
+        Some(json) => Request::from_json(json.as_bytes())?,
+        None => read_request(&args.request)?,
+    };
     let bars = Bars::new(args.model.quiet);
-    let model = args.model.open(&bars)?;
-    let engine = model.engine();
-    let prompt = engine.prompt(&request)?;
-    let trace = engine.trace(&prompt)?;
+    let trace = match &request {
+        Request::Audio(sound) if Recogniser::is_one(&args.model.model) => {
+            Recogniser::open(&args.model.model, args.model.options(&bars)?)?.trace(sound)?
+        }
+        _ => {
+            let model = args.model.open(&bars)?;
+            let engine = model.engine();
+            engine.trace(&engine.prompt(&request)?)?
+        }
+    };
     bars.clear();
     trace.write(&args.out)?;
     if !args.model.quiet {

@@ -26,6 +26,8 @@ pub(crate) struct Inner {
     pub decoder: Box<dyn Program>,
     /// Compiled with the first picture, so that text alone never touches the vision weights.
     pub vision: std::sync::OnceLock<Box<dyn Program>>,
+    /// Compiled with the first sound.
+    pub audio: std::sync::OnceLock<Box<dyn Program>>,
 }
 
 impl Engine {
@@ -46,8 +48,8 @@ impl Engine {
             plan(&model, &*backend, &size)?.check(options.memory)?;
         }
         let decoder = backend.compile(&model.decoder, model.weights.clone())?;
-        let vision = std::sync::OnceLock::new();
-        Ok(Engine { inner: Arc::new(Inner { model, options, backend, cpu, decoder, vision }) })
+        let (vision, audio) = (std::sync::OnceLock::new(), std::sync::OnceLock::new());
+        Ok(Engine { inner: Arc::new(Inner { model, options, backend, cpu, decoder, vision, audio }) })
     }
 
     /// What a checkpoint is, and what running it will take, without loading it.
@@ -86,7 +88,8 @@ impl Engine {
     /// The graphs that run, by name: for reports.
     pub fn graphs(&self) -> Vec<(&'static str, &Graph)> {
         let vision = self.inner.model.vision.iter().map(|v| ("vision", &v.graph));
-        std::iter::once(("decoder", self.inner.decoder.graph())).chain(vision).collect()
+        let audio = self.inner.model.audio.iter().map(|a| ("audio", &a.graph));
+        std::iter::once(("decoder", self.inner.decoder.graph())).chain(vision).chain(audio).collect()
     }
 
     /// The plan for one prompt and an answer of `max_new_tokens`.
@@ -95,7 +98,9 @@ impl Engine {
     /// Sizes that make no sense.
     pub fn plan(&self, prompt: &Prompt, max_new_tokens: usize) -> Result<MemoryPlan> {
         let model = &self.inner.model;
-        let patches = |p: &crate::prompt::Encodable| p.pixels.grid.iter().product::<usize>();
+        let patches =
+            |p: &crate::prompt::Encodable| p.pixels().map_or(0, |p| p.grid.iter().product::<usize>());
+        let samples = || prompt.pictures.iter().map(|p| p.samples().map_or(0, <[f32]>::len));
         let context = prompt.ids.len().saturating_add(max_new_tokens).min(model.context(&self.inner.options));
         let size = RunSize {
             tokens: context,
@@ -104,6 +109,7 @@ impl Engine {
             patches: prompt.pictures.iter().map(|p| patches(p)).max().unwrap_or(0),
             all_patches: prompt.pictures.iter().map(|p| patches(p)).sum(),
             pixels: prompt.pictures.iter().map(|p| p.decoded).max().unwrap_or(0),
+            samples: [samples().max().unwrap_or(0), samples().sum()],
         };
         plan(model, &*self.inner.backend, &size)
     }
@@ -160,9 +166,20 @@ impl Engine {
             return Ok(&**program);
         }
         let model = inner.model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
-        let program = inner.backend.compile(&model.graph, inner.model.weights.clone())?;
+        let program = inner.backend.compile(&model.graph, inner.model.extended.clone())?;
         // Another thread may have been faster; its program is as good.
         Ok(&**inner.vision.get_or_init(|| program))
+    }
+
+    /// The compiled audio encoder.
+    pub(crate) fn audio(&self) -> Result<&dyn Program> {
+        let inner = &self.inner;
+        if let Some(program) = inner.audio.get() {
+            return Ok(&**program);
+        }
+        let model = inner.model.audio.as_ref().ok_or(Error::NoAudio { found: 1 })?;
+        let program = inner.backend.compile(&model.graph, model.weights.clone())?;
+        Ok(&**inner.audio.get_or_init(|| program))
     }
 }
 
@@ -180,6 +197,7 @@ fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
         patches: 0,
         all_patches: 0,
         pixels: 0,
+        samples: [0; 2],
     }
 }
 

@@ -42,6 +42,32 @@ pub enum Error {
         /// Pictures in the request.
         found: usize,
     },
+    /// A checkpoint without an audio branch was given sounds.
+    #[error(
+        "the checkpoint has no audio branch (`audio_config` in config.json and the tensors `model.audio_tower.*`, \
+         `model.audio_projection.*`, `model.audio_tag`), so it cannot take {found} sound(s); an adapter file adds one \
+         (--adapter)"
+    )]
+    NoAudio {
+        /// Sounds in the request.
+        found: usize,
+    },
+    /// A sound could not be read, decoded or resampled.
+    #[error("sound {sound}: {source}")]
+    Sound {
+        /// The path, or a description of where it came from.
+        sound: String,
+        /// What happened.
+        source: pocketglm_wav2vec::Error,
+    },
+    /// An adapter file that cannot be used.
+    #[error("adapter {path}: {what}")]
+    Adapter {
+        /// The file.
+        path: PathBuf,
+        /// What was wanted and what was found.
+        what: String,
+    },
     /// A picture could not be read, decoded or resized.
     #[error("picture {picture}: {source}")]
     Picture {
@@ -80,6 +106,9 @@ pub enum Error {
     /// The vision configuration or a grid makes no sense.
     #[error(transparent)]
     Vision(#[from] pocketglm_vit::Error),
+    /// A speech checkpoint, or its settings, make no sense.
+    #[error(transparent)]
+    Audio(#[from] pocketglm_wav2vec::Error),
     /// The graph could not be built, compiled or run.
     #[error(transparent)]
     Graph(#[from] pocketglm_graph::Error),

@@ -1,13 +1,14 @@
-//! Runs a checkpoint: loads it inside a memory budget, turns messages and pictures into prompts, generates.
+//! Runs a checkpoint: loads it inside a memory budget, turns messages, pictures and sounds into prompts, generates.
 //!
 //! Start at [`Engine::open`]; [`Engine::session`] gives a conversation, [`Session::generate`] an iterator of
-//! pieces. This crate knows nothing of wgpu, HTTP, terminals or command lines.
+//! pieces. [`Recogniser::open`] runs a checkpoint that turns speech into text. This crate knows nothing of wgpu, HTTP, terminals or command lines.
 //!
 //! Invariants: an [`Engine`] is `Send + Sync + Clone` and immutable; what a conversation changes belongs to its
 //! [`Session`], so no session can see another's tokens. Nothing large is allocated before the memory plan fits.
 
 #![forbid(unsafe_code)]
 
+mod audio;
 mod engine;
 mod error;
 mod model;
@@ -16,8 +17,10 @@ mod picture;
 mod plan;
 mod prompt;
 pub mod quantise;
+mod recogniser;
 mod request;
 mod session;
+mod sound;
 mod trace;
 
 pub use engine::Engine;
@@ -32,9 +35,15 @@ pub use pocketglm_glm::Sampling;
 pub use pocketglm_graph::{Backend, DeviceFault};
 pub use pocketglm_tensor::{DType, KvFormat, Tensor};
 pub use pocketglm_vit::preprocess::{DevicePoint, to_device_pixels};
+pub use pocketglm_wav2vec::audio::{AudioLimits, Level};
+pub use pocketglm_wav2vec::{
+    Chunking, Precision as AudioPrecision, RecogniserInfo, Stream, Transcript, Word,
+};
 pub use prompt::Prompt;
+pub use recogniser::{Recogniser, TranscribeOptions};
 pub use request::{Content, Message, Part, Request};
 pub use session::{FinishReason, Generation, Piece, Session, Timings};
+pub use sound::Sound;
 pub use trace::Trace;
 
 /// Result of this crate's fallible functions.

@@ -8,12 +8,16 @@ use pocketglm_bpe::{ChatTemplate, Placeholders, Tokenizer, template_from_config}
 use pocketglm_checkpoint::{
     Checkpoint, ExpectedTensor, Fields, NameRules, OpenOptions, Renamed, check_tensors,
 };
-use pocketglm_glm::{LAYOUTS, Sampling, TextConfig, Trace, VisualTokens, decoder};
+use pocketglm_glm::{
+    AUDIO_SCOPE, Fusion, LAYOUTS, Modality, Sampling, TextConfig, Trace, VisualTokens, decoder,
+};
 use pocketglm_graph::{Graph, GraphBuilder, passes};
 use pocketglm_tensor::{DType, KvFormat, TensorInfo, WeightSource};
 use pocketglm_vit::VisionConfig;
 use pocketglm_vit::preprocess::PreprocessConfig;
+use pocketglm_wav2vec::Wav2VecConfig;
 
+use crate::audio::{Adapter, AudioModel, audio_tensors, check_adapter};
 use crate::quantise::Precisions;
 use crate::{EngineOptions, Error, Result};
 
@@ -31,6 +35,8 @@ pub struct ModelInfo {
     pub head: Parameters,
     /// Parameters of the vision encoder.
     pub vision: Parameters,
+    /// Parameters of the audio branch: encoder, projection and tag.
+    pub audio: Parameters,
     /// Tensors in all.
     pub tensors: usize,
     /// Bytes as stored, by element type.
@@ -39,6 +45,8 @@ pub struct ModelInfo {
     pub layers: usize,
     /// Blocks of the vision encoder.
     pub vision_blocks: usize,
+    /// Layers of the audio encoder.
+    pub audio_layers: usize,
     /// Longest sequence that the model was made for.
     pub max_position_embeddings: usize,
     /// Rows of the embedding table.
@@ -63,6 +71,8 @@ impl Parameters {
 
 pub(crate) struct VisionModel {
     pub config: VisionConfig,
+    /// What stands between the encoder and the decoder.
+    pub fusion: Fusion,
     pub tokens: VisualTokens,
     pub images: PreprocessConfig,
     pub videos: PreprocessConfig,
@@ -74,6 +84,7 @@ pub(crate) struct Model {
     pub model_type: String,
     pub text: TextConfig,
     pub vision: Option<VisionModel>,
+    pub audio: Option<AudioModel>,
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     pub template_variables: Vec<(String, serde_json::Value)>,
@@ -81,6 +92,8 @@ pub(crate) struct Model {
     pub eos: Vec<u32>,
     pub sampling: Sampling,
     pub weights: Arc<Renamed<Checkpoint>>,
+    /// The same, with what an adapter file adds.
+    pub extended: Arc<dyn WeightSource>,
     pub decoder: Graph,
     /// Bytes of `tokenizer.json`, from which the plan estimates the tokenizer's tables.
     pub tokenizer_bytes: u64,
@@ -121,20 +134,35 @@ impl Model {
 
         let rules = NameRules::detect(&checkpoint, LAYOUTS, &["model.language_model.embed_tokens.weight"])?;
         let weights = Renamed::new(checkpoint, rules)?;
-        let expected = expected_tensors(&text, vision_config.as_ref())?;
+        let mut expected = expected_tensors(&text, vision_config.as_ref(), &weights)?;
+        if let Some(child) = fields.child("audio_config")? {
+            let config = Wav2VecConfig::from_fields(&child)?;
+            expected.extend(audio_tensors(&weights, &config, text.hidden_size)?);
+        }
+        let adapter = Adapter::open(options)?;
+        if let (Some(adapter), Some(path)) = (&adapter, &options.adapter) {
+            check_adapter(adapter, path, &text)?;
+        }
         // A tied checkpoint may store its head again; rotary buffers of old files are not weights.
-        let ignore: &[&str] = if text.tie_word_embeddings { &["lm_head."] } else { &[] };
+        let unused = format!("{AUDIO_SCOPE}.masked_spec_embed");
+        let mut ignore = vec![unused.as_str()];
+        ignore.extend(text.tie_word_embeddings.then_some("lm_head."));
         let place = |name: &str| match weights.stored_name(name) {
             Some(stored) => weights.source().place(&stored),
             None => path.display().to_string(),
         };
-        check_tensors(&weights, &place, &expected, ignore)?;
+        check_tensors(&weights, &place, &expected, &ignore)?;
         let precisions = match &options.simulate {
             Some(simulation) => simulation.precisions(&text, vision_config.as_ref(), &weights)?,
             None => Precisions::default(),
         };
         options.report("load", 2, STEPS);
 
+        let weights = Arc::new(weights);
+        let extended = match &adapter {
+            Some(adapter) => adapter.joined(weights.clone()),
+            None => weights.clone(),
+        };
         let checkpoint = weights.source();
         let tokenizer_json = checkpoint.bytes("tokenizer.json")?.ok_or_else(|| {
             pocketglm_checkpoint::Error::NoFile { wanted: "tokenizer.json".into(), folder: path.to_owned() }
@@ -145,18 +173,32 @@ impl Model {
         options.report("load", 3, STEPS);
         let template = template(checkpoint)?;
         let vision = match vision_config {
-            Some(config) => {
-                Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options, &precisions)?)
-            }
+            Some(config) => Some(VisionModel::new(
+                config,
+                &fields,
+                checkpoint,
+                &tokenizer,
+                &*extended,
+                options,
+                &precisions,
+            )?),
             None => None,
         };
+        let described = match &adapter {
+            Some(adapter) => adapter.fields()?,
+            None => Fields::new("config.json", &config)?,
+        };
+        let audio =
+            AudioModel::new(&described, &extended, &text, &tokenizer, options.audio_precision, options.fuse)?;
         options.report("load", 4, STEPS);
-        let graph = text_graph(&text, &weights, options.kv, options.fuse, Trace::Off, &precisions)?;
+        let graph = text_graph(&text, &*weights, options.kv, options.fuse, Trace::Off, &precisions)?;
         let (eos, sampling) = generation(checkpoint, &fields)?;
         options.report("load", STEPS, STEPS);
         Ok(Model {
             model_type,
             vision,
+            audio,
+            extended,
             template_variables: template_variables(checkpoint)?,
             template,
             tokenizer,
@@ -166,7 +208,7 @@ impl Model {
             decoder: graph,
             text,
             tokenizer_bytes,
-            weights: Arc::new(weights),
+            weights,
             kv: options.kv,
             fuse: options.fuse,
             precisions,
@@ -179,16 +221,20 @@ impl Model {
             decoder: Parameters::default(),
             head: Parameters::default(),
             vision: Parameters::default(),
+            audio: Parameters::default(),
             tensors: 0,
             bytes: BTreeMap::new(),
             layers: self.text.num_hidden_layers,
             vision_blocks: self.vision.as_ref().map_or(0, |v| v.config.depth),
+            audio_layers: self.audio.as_ref().map_or(0, |a| a.config.num_hidden_layers),
             max_position_embeddings: self.text.max_position_embeddings,
             vocabulary: self.text.vocab_size,
             kv_bytes_per_token: self.kv_bytes_per_token(),
         };
-        for t in self.weights.tensors() {
+        for t in self.extended.tensors() {
             let part = match () {
+                () if t.name.starts_with("model.audio_") => &mut info.audio,
+                () if t.name.starts_with("model.image_") => &mut info.vision,
                 () if t.name.starts_with(VISION_SCOPE) => &mut info.vision,
                 () if t.name.starts_with("lm_head.") => &mut info.head,
                 () => &mut info.decoder,
@@ -226,7 +272,7 @@ pub(crate) fn text_graph(
     finish(g, fuse, precisions)
 }
 
-fn finish(g: GraphBuilder<'_>, fuse: bool, precisions: &Precisions) -> Result<Graph> {
+pub(crate) fn finish(g: GraphBuilder<'_>, fuse: bool, precisions: &Precisions) -> Result<Graph> {
     let mut graph = g.finish();
     if !precisions.is_empty() {
         passes::insert_quantise(&mut graph, &|name| precisions.get(name).copied())?;
@@ -239,24 +285,42 @@ fn finish(g: GraphBuilder<'_>, fuse: bool, precisions: &Precisions) -> Result<Gr
     Ok(graph)
 }
 
-pub(crate) fn vision_encoder(g: &mut GraphBuilder<'_>, config: &VisionConfig) -> pocketglm_graph::Result<()> {
+pub(crate) fn vision_encoder(
+    g: &mut GraphBuilder<'_>,
+    config: &VisionConfig,
+    fusion: Fusion,
+) -> pocketglm_graph::Result<()> {
     let y = g.scoped(VISION_SCOPE, |g| pocketglm_vit::encoder(g, config))?;
+    let y = fusion.apply(g, Modality::Image, y, config.out_hidden_size)?;
     g.output("image_embeds", y);
     Ok(())
 }
 
+/// A vision encoder with the fusion tensors that a checkpoint has for it.
+pub(crate) fn with_fusion<'v>(
+    vision: Option<&'v VisionConfig>,
+    weights: &dyn WeightSource,
+) -> Option<(&'v VisionConfig, Fusion)> {
+    vision.map(|v| (v, Fusion::found(weights, Modality::Image)))
+}
+
 /// Decoder and vision encoder in one graph, as they were built and without a checkpoint.
-pub(crate) fn whole_graph(text: &TextConfig, vision: Option<&VisionConfig>) -> Result<Graph> {
+pub(crate) fn whole_graph(text: &TextConfig, vision: Option<(&VisionConfig, Fusion)>) -> Result<Graph> {
     let mut g = GraphBuilder::assuming(DType::F32);
     decoder(&mut g, text, Trace::Off)?;
-    if let Some(config) = vision {
-        vision_encoder(&mut g, config)?;
+    if let Some((config, fusion)) = vision {
+        vision_encoder(&mut g, config, fusion)?;
     }
     Ok(g.finish())
 }
 
 /// Every tensor that the graphs will ask for: taken from the graphs themselves, so that the two cannot differ.
-fn expected_tensors(text: &TextConfig, vision: Option<&VisionConfig>) -> Result<Vec<ExpectedTensor>> {
+fn expected_tensors(
+    text: &TextConfig,
+    vision: Option<&VisionConfig>,
+    source: &dyn WeightSource,
+) -> Result<Vec<ExpectedTensor>> {
+    let vision = vision.map(|config| (config, Fusion::found(source, Modality::Image)));
     let tensor = |TensorInfo { name, shape, .. }| ExpectedTensor { name, shape, optional: false };
     Ok(whole_graph(text, vision)?.weights().into_iter().map(tensor).collect())
 }
@@ -308,10 +372,11 @@ impl VisionModel {
             images = images.with_max_pixels(cap)?;
             videos = videos.with_max_pixels(cap)?;
         }
+        let fusion = Fusion::found(weights, Modality::Image);
         let mut g = GraphBuilder::new(weights);
-        vision_encoder(&mut g, &config)?;
+        vision_encoder(&mut g, &config, fusion)?;
         let graph = finish(g, options.fuse, precisions)?;
-        Ok(VisionModel { config, tokens, images, videos, graph })
+        Ok(VisionModel { config, fusion, tokens, images, videos, graph })
     }
 }
 

@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -6,13 +7,15 @@ use pocketglm_checkpoint::ReadMode;
 use pocketglm_glm::Sampling;
 use pocketglm_graph::Backend;
 use pocketglm_tensor::KvFormat;
+use pocketglm_wav2vec::Precision;
+use pocketglm_wav2vec::audio::AudioLimits;
 
 use crate::quantise::Simulation;
 
 /// How far a long step has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// The step: "load", "encode pictures" or "read prompt".
+    /// The step: "load", "encode pictures", "read prompt", "listen" or "transcribe".
     pub step: &'static str,
     /// Units done.
     pub done: usize,
@@ -42,6 +45,12 @@ pub struct EngineOptions {
     pub read_mode: ReadMode,
     /// How keys and values of the conversation are stored.
     pub kv: KvFormat,
+    /// A file that adds an audio branch, or a projection of pictures, to the checkpoint.
+    pub adapter: Option<PathBuf>,
+    /// How the matrices of the audio encoder are kept.
+    pub audio_precision: Precision,
+    /// How much audio a prompt or a recording may have.
+    pub audio_limits: AudioLimits,
     /// Whether the graph is fused. Off only for comparisons.
     pub fuse: bool,
     /// What runs the graphs; the processor where none is given.
@@ -63,6 +72,9 @@ impl Default for EngineOptions {
             content_format: ContentFormat::Hf,
             read_mode: ReadMode::Map,
             kv: KvFormat::default(),
+            adapter: None,
+            audio_precision: Precision::default(),
+            audio_limits: AudioLimits::default(),
             fuse: true,
             backend: None,
             simulate: None,

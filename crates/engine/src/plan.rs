@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// Bytes of program code, stacks and the allocator's rest: what `pocketglm info` on a tiny checkpoint takes at its peak
 /// in a release build on Linux.
-const PROGRAM_BYTES: u64 = 8 << 20;
+pub(crate) const PROGRAM_BYTES: u64 = 8 << 20;
 /// Bytes of tables, and of work while they are made, per byte of `tokenizer.json`: the same command on a checkpoint with
 /// a vocabulary of 151,552, less the program's own bytes.
 const TOKENIZER_FACTOR: u64 = 4;
@@ -81,6 +81,8 @@ pub(crate) struct RunSize {
     pub all_patches: usize,
     /// Pixels of the largest picture as decoded.
     pub pixels: usize,
+    /// Samples of the longest clip, and of all clips.
+    pub samples: [usize; 2],
 }
 
 /// Bindings of one decoder step.
@@ -109,7 +111,7 @@ fn gathered_bytes(model: &Model, tokens: usize, table: u64) -> u64 {
 pub(crate) fn plan(model: &Model, backend: &dyn Backend, size: &RunSize) -> Result<MemoryPlan> {
     let chunk = size.chunk.min(size.context).max(1);
     let past = size.context - chunk;
-    let visual = if size.patches > 0 { chunk } else { 0 };
+    let visual = if size.patches > 0 || size.samples[0] > 0 { chunk } else { 0 };
     let text = backend.plan(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
     let mut parts = vec![
         MemoryUse { name: "program", bytes: PROGRAM_BYTES },
@@ -133,6 +135,18 @@ pub(crate) fn plan(model: &Model, backend: &dyn Backend, size: &RunSize) -> Resu
             bytes: size.pixels as u64 * 3 * 2
                 + size.all_patches as u64 * row
                 + tokens * vision.config.out_hidden_size as u64 * 4,
+        });
+        scratch = scratch.max(memory.scratch);
+    }
+    if let Some(audio) = model.audio.as_ref().filter(|_| size.samples[0] > 0) {
+        let memory = backend.plan(&audio.graph, &Bindings::new().with("N", size.samples[0]))?;
+        let frames = (size.samples[1] / audio.config.samples_per_frame()) as u64;
+        parts.push(MemoryUse { name: "audio weights", bytes: memory.weights + memory.converted });
+        parts.push(MemoryUse { name: "audio activations", bytes: memory.activations });
+        parts.push(MemoryUse {
+            name: "sounds",
+            // The samples, their normalised copy, and the encoded rows.
+            bytes: size.samples[1] as u64 * 8 + frames * model.text.hidden_size as u64 * 4,
         });
         scratch = scratch.max(memory.scratch);
     }

@@ -12,6 +12,7 @@ use pocketglm_vit::preprocess::{
 use sha2::{Digest, Sha256};
 
 use crate::model::{Model, VisionModel};
+use crate::sound::Sound;
 use crate::{Content, EngineOptions, Error, Message, Part, Request, Result};
 
 /// A request made ready: token ids, positions, and the patch rows of its pictures.
@@ -26,15 +27,46 @@ pub struct Prompt {
     pub(crate) text: Option<String>,
 }
 
-/// One picture or video, ready for the encoder.
+/// What an encoder reads.
+pub(crate) enum Media {
+    Picture { pixels: Pixels, video: bool },
+    Sound { values: Vec<f32> },
+}
+
+/// One picture, video or sound, ready for its encoder.
 pub(crate) struct Encodable {
-    pub pixels: Pixels,
-    /// SHA-256 of the pixels and their size: what the caches know a picture by.
+    pub media: Media,
+    /// SHA-256 of the pixels and their size, or of the samples: what the caches know it by.
     pub hash: [u8; 32],
     pub tokens: usize,
-    pub video: bool,
     /// Pixels of the largest decoded picture in it.
     pub decoded: usize,
+}
+
+impl Encodable {
+    /// The patch rows of a picture or video.
+    pub fn pixels(&self) -> Option<&Pixels> {
+        match &self.media {
+            Media::Picture { pixels, .. } => Some(pixels),
+            Media::Sound { .. } => None,
+        }
+    }
+
+    /// Whether it is a video, where it is something to see.
+    pub fn is_video(&self) -> Option<bool> {
+        match self.media {
+            Media::Picture { video, .. } => Some(video),
+            Media::Sound { .. } => None,
+        }
+    }
+
+    /// The normalised samples of a sound.
+    pub fn samples(&self) -> Option<&[f32]> {
+        match &self.media {
+            Media::Picture { .. } => None,
+            Media::Sound { values } => Some(values),
+        }
+    }
 }
 
 impl Prompt {
@@ -50,12 +82,16 @@ impl Prompt {
 
     /// Patches (temporal, rows, columns) of each picture and video.
     pub fn grids(&self) -> Vec<[usize; 3]> {
-        self.pictures.iter().map(|p| p.pixels.grid).collect()
+        self.pictures.iter().filter_map(|p| p.pixels()).map(|p| p.grid).collect()
     }
 
     pub(crate) fn new(model: &Model, request: &Request, options: &EngineOptions) -> Result<Prompt> {
         let (ids, text, pictures) = match request {
             Request::InputIds(ids) => (ids.clone(), None, Vec::new()),
+            Request::Audio(_) => {
+                let what = "a sound alone is for a speech checkpoint; put it into a message";
+                return Err(Error::Request { what: what.into() });
+            }
             Request::Messages(messages) => {
                 let pictures = load_pictures(model, messages, options)?;
                 let text = render(model, messages, &pictures, options)?;
@@ -82,25 +118,34 @@ impl Prompt {
         text: Option<String>,
         pictures: Vec<Arc<Encodable>>,
     ) -> Result<Prompt> {
-        let Some(vision) = &model.vision else {
-            let kinds = vec![TokenKind::Text; ids.len()];
-            let visual = vec![None; ids.len()];
-            return Ok(Prompt { positions: positions(&kinds, &[], &[], 1)?, visual, ids, text, pictures });
+        let kinds = match &model.vision {
+            Some(vision) => token_kinds(&ids, &vision.tokens),
+            None => vec![TokenKind::Text; ids.len()],
         };
-        let kinds = token_kinds(&ids, &vision.tokens);
+        let merge = model.vision.as_ref().map_or(1, |v| v.config.spatial_merge_size);
         let grids = |video: bool| -> Vec<Grid> {
-            let grid = |p: &&Arc<Encodable>| (p.video == video).then_some(p.pixels.grid);
-            pictures.iter().filter_map(|p| grid(&p)).map(|[t, h, w]| Grid { t, h, w }).collect()
+            let of_kind = pictures.iter().filter(|p| p.is_video() == Some(video));
+            of_kind.filter_map(|p| p.pixels()).map(|p| p.grid).map(|[t, h, w]| Grid { t, h, w }).collect()
         };
-        let positions = positions(&kinds, &grids(false), &grids(true), vision.config.spatial_merge_size)?;
-        // Pictures and videos each come in prompt order, so their rows are dealt out in order as well.
-        let mut rows = [false, true].map(|video| {
-            let of_kind = pictures.iter().enumerate().filter(move |(_, p)| p.video == video);
+        // A frame of a sound takes a position like a token of text.
+        let positions = positions(&kinds, &grids(false), &grids(true), merge)?;
+        // Pictures, videos and sounds each come in prompt order, so their rows are dealt out in order as well.
+        let mut rows = [Some(false), Some(true), None].map(|video| {
+            let of_kind = pictures.iter().enumerate().filter(move |(_, p)| p.is_video() == video);
             of_kind.flat_map(|(i, p)| (0..p.tokens).map(move |row| (i, row)))
         });
+        let audio = model.audio.as_ref().map(|a| a.tokens.audio);
+        let frames: usize = pictures.iter().filter(|p| p.is_video().is_none()).map(|p| p.tokens).sum();
+        let found = ids.iter().filter(|id| Some(**id) == audio).count();
+        if found != frames {
+            let what = format!("the prompt has {found} audio tokens for {frames} frames of sound");
+            return Err(Error::Request { what });
+        }
         let visual = kinds
             .iter()
-            .map(|kind| match kind {
+            .zip(&ids)
+            .map(|(kind, id)| match kind {
+                TokenKind::Text if Some(*id) == audio => rows[2].next(),
                 TokenKind::Text => None,
                 TokenKind::Image => rows[0].next(),
                 TokenKind::Video => rows[1].next(),
@@ -126,9 +171,13 @@ fn load_pictures(
         .flatten()
         .filter(|p| !matches!(p, Part::Text(_)))
         .collect();
-    let Some(vision) = &model.vision else {
-        return if parts.is_empty() { Ok(Vec::new()) } else { Err(Error::NoVision { found: parts.len() }) };
-    };
+    let count = |sounds: bool| parts.iter().filter(|p| matches!(p, Part::Audio(_)) == sounds).count();
+    if model.vision.is_none() && count(false) > 0 {
+        return Err(Error::NoVision { found: count(false) });
+    }
+    if model.audio.is_none() && count(true) > 0 {
+        return Err(Error::NoAudio { found: count(true) });
+    }
     let limits = DecodeLimits::default();
     let context = model.context(options);
     let mut loaded: Vec<(Arc<Encodable>, Vec<u32>)> = Vec::with_capacity(parts.len());
@@ -139,6 +188,11 @@ fn load_pictures(
             prompt if prompt > context => Err(Error::Context { prompt, context }),
             _ => Ok(()),
         };
+        if let Part::Audio(sound) = part {
+            loaded.push((Arc::new(listen(model, sound, options, &fits)?), Vec::new()));
+            continue;
+        }
+        let Some(vision) = &model.vision else { continue };
         loaded.push(match part {
             Part::Image(picture) => {
                 let image = picture.load(&limits)?;
@@ -167,7 +221,7 @@ fn load_pictures(
                 let each = (0..frames.len()).step_by(vision.config.temporal_patch_size).map(second).collect();
                 (Arc::new(encodable(vision, pixels, &images, true)?), each)
             }
-            Part::Text(_) => continue,
+            Part::Text(_) | Part::Audio(_) => continue,
         });
     }
     Ok(loaded)
@@ -198,7 +252,34 @@ fn encodable(vision: &VisionModel, pixels: Pixels, images: &[Arc<Image>], video:
     }
     let tokens = visual_tokens(pixels.grid, vision.config.spatial_merge_size)?;
     let decoded = images.iter().map(|i| i.width() * i.height()).max().unwrap_or(0);
-    Ok(Encodable { pixels, hash: hash.finalize().into(), tokens, video, decoded })
+    let media = Media::Picture { pixels, video };
+    Ok(Encodable { media, hash: hash.finalize().into(), tokens, decoded })
+}
+
+/// Reads a sound and normalises it; `fits` says whether its tokens have room.
+fn listen(
+    model: &Model,
+    sound: &Sound,
+    options: &EngineOptions,
+    fits: &dyn Fn(usize) -> Result<()>,
+) -> Result<Encodable> {
+    let audio = model.audio.as_ref().ok_or(Error::NoAudio { found: 1 })?;
+    let clip = sound.load(&options.audio_limits)?;
+    let (found, wanted) = (clip.samples().len(), audio.config.receptive_field());
+    if found < wanted {
+        let source = pocketglm_wav2vec::Error::TooShort { wanted, found };
+        return Err(Error::Sound { sound: sound.name(), source });
+    }
+    let tokens = audio.config.frames(found);
+    fits(tokens)?;
+    let values = clip.input_values(audio.normalise);
+    let mut hash = Sha256::new();
+    // No picture begins with this byte.
+    hash.update([2]);
+    for v in &values {
+        hash.update(v.to_le_bytes());
+    }
+    Ok(Encodable { media: Media::Sound { values }, hash: hash.finalize().into(), tokens, decoded: 0 })
 }
 
 /// Renders the conversation and repeats each placeholder as often as its picture has tokens.
@@ -209,7 +290,16 @@ fn render(
     options: &EngineOptions,
 ) -> Result<String> {
     let template = model.template.as_ref().ok_or(Error::NoTemplate)?;
-    let messages: Vec<bpe::Message> = messages.iter().map(plain_message).collect();
+    let audio = model.audio.as_ref();
+    for text in messages.iter().flat_map(texts) {
+        // Only the program may write it.
+        if let Some(audio) = audio.filter(|a| text.contains(&a.placeholder)) {
+            let what = format!("a text of a message has the audio placeholder {}", audio.placeholder);
+            return Err(Error::Request { what });
+        }
+    }
+    let mark = audio.map_or("", |a| &a.mark);
+    let messages: Vec<bpe::Message> = messages.iter().map(|m| plain_message(m, mark)).collect();
     let settings = RenderOptions {
         format: options.content_format,
         placeholders: model.placeholders.clone(),
@@ -219,12 +309,18 @@ fn render(
     let rendered = template
         .render(&messages, &settings)
         .map_err(|source| Error::Text { what: "chat template", source })?;
-    let images: Vec<usize> = pictures.iter().filter(|(p, _)| !p.video).map(|(p, _)| p.tokens).collect();
-    let videos: Vec<VideoFrames> = pictures
-        .iter()
-        .filter(|(p, _)| p.video)
+    let rendered = match audio {
+        Some(audio) => {
+            let frames = pictures.iter().filter(|(p, _)| p.is_video().is_none()).map(|(p, _)| p.tokens);
+            with_frames(&rendered, &audio.placeholder, frames.collect())?
+        }
+        None => rendered,
+    };
+    let of_kind = |video: bool| pictures.iter().filter(move |(p, _)| p.is_video() == Some(video));
+    let images: Vec<usize> = of_kind(false).map(|(p, _)| p.tokens).collect();
+    let videos: Vec<VideoFrames> = of_kind(true)
         .map(|(p, seconds)| VideoFrames {
-            tokens_per_frame: p.tokens / p.pixels.grid[0].max(1),
+            tokens_per_frame: p.tokens / p.pixels().map_or(1, |p| p.grid[0]).max(1),
             seconds: seconds.clone(),
         })
         .collect();
@@ -232,14 +328,47 @@ fn render(
         .map_err(|source| Error::Text { what: "prompt", source })
 }
 
-/// A message as the template sees it: pictures without their pixels.
-fn plain_message(message: &Message) -> bpe::Message {
+/// Repeats the n-th audio placeholder as often as the n-th sound has frames.
+fn with_frames(rendered: &str, placeholder: &str, frames: Vec<usize>) -> Result<String> {
+    let pieces: Vec<&str> = rendered.split(placeholder).collect();
+    if pieces.len() != frames.len() + 1 {
+        let (found, wanted) = (pieces.len() - 1, frames.len());
+        let what =
+            format!("the rendered prompt has {found} audio placeholders {placeholder} for {wanted} sounds");
+        return Err(Error::Request { what });
+    }
+    let mut out = String::with_capacity(rendered.len());
+    for (piece, frames) in pieces.iter().zip(frames.into_iter().chain([0])) {
+        out.push_str(piece);
+        out.push_str(&placeholder.repeat(frames));
+    }
+    Ok(out)
+}
+
+/// The texts of a message.
+fn texts(message: &Message) -> Vec<&str> {
+    match &message.content {
+        Content::Text(text) => vec![text],
+        Content::Parts(parts) => parts
+            .iter()
+            .filter_map(|p| match p {
+                Part::Text(text) => Some(text.as_str()),
+                _ => None,
+            })
+            .collect(),
+    }
+}
+
+/// A message as the template sees it: pictures without their pixels, and sounds, which templates of the family do not
+/// know, as a text that marks their place.
+fn plain_message(message: &Message, mark: &str) -> bpe::Message {
     match &message.content {
         Content::Text(text) => bpe::Message::text(&message.role, text),
         Content::Parts(parts) => {
             let part = |p: &Part| match p {
                 Part::Text(text) => bpe::Part::Text(text.clone()),
                 Part::Image(_) => bpe::Part::Image,
+                Part::Audio(_) => bpe::Part::Text(mark.to_owned()),
                 Part::Video { .. } => bpe::Part::Video,
             };
             bpe::Message::parts(&message.role, parts.iter().map(part).collect())

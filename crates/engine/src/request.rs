@@ -1,10 +1,11 @@
-//! What a user asks: messages with pictures, or token ids.
+//! What a user asks: messages with pictures and sounds, token ids, or a sound alone.
 
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::picture::{Picture, read_capped};
+use crate::sound::Sound;
 use crate::{Error, Result};
 
 /// Largest request file: room for a few screenshots as data URLs.
@@ -17,6 +18,8 @@ pub enum Request {
     Messages(Vec<Message>),
     /// Token ids, taken as they are. They stand for text only.
     InputIds(Vec<u32>),
+    /// A sound alone, for a checkpoint that only hears.
+    Audio(Sound),
 }
 
 /// One message of a conversation.
@@ -44,6 +47,8 @@ pub enum Part {
     Text(String),
     /// One picture.
     Image(Picture),
+    /// One sound.
+    Audio(Sound),
     /// A video: its frames, and the second at which each was taken (empty: two frames a second).
     Video {
         /// Frames in order, all of one size.
@@ -66,16 +71,21 @@ impl Message {
 }
 
 impl Request {
-    /// Reads `{"messages": [..]}` (OpenAI-style) or `{"input_ids": [..]}`.
+    /// Reads `{"messages": [..]}` (OpenAI-style), `{"input_ids": [..]}` or `{"audio": path or URL}`.
     ///
     /// Parts are `{"type": "text", "text"}`, `{"type": "image_url", "image_url": {"url"}}` (a path, a `file://` or
-    /// a data URL), `{"type": "image", "image"}`, and `{"type": "video", "video": [url, ..], "seconds": [..]}`.
+    /// a data URL), `{"type": "image", "image"}`, `{"type": "video", "video": [url, ..], "seconds": [..]}`,
+    /// `{"type": "input_audio", "input_audio": {"data": base64, "format": "wav"}}` and `{"type": "audio", "audio": url}`.
     ///
     /// # Errors
     /// [`Error::Request`] with the place, what was wanted and what was found.
     pub fn from_json(json: &[u8]) -> Result<Request> {
         let value: Value = serde_json::from_slice(json)
             .map_err(|e| Error::Request { what: format!("not JSON of the expected form: {e}") })?;
+        if let (Some(audio), None, None) = (value.get("audio"), value.get("messages"), value.get("input_ids"))
+        {
+            return Ok(Request::Audio(Sound::url(string(Some(audio), "audio", &value)?)?));
+        }
         match (value.get("messages"), value.get("input_ids")) {
             (Some(messages), None) => {
                 let list = array(messages, "messages")?;
@@ -92,7 +102,9 @@ impl Request {
                 Ok(Request::InputIds(list.iter().enumerate().map(id).collect::<Result<_>>()?))
             }
             (Some(_), Some(_)) => Err(Error::Request { what: "has both `messages` and `input_ids`".into() }),
-            (None, None) => Err(wrong("the top level", "an object with `messages` or `input_ids`", &value)),
+            (None, None) => {
+                Err(wrong("the top level", "an object with `messages`, `input_ids` or `audio`", &value))
+            }
         }
     }
 
@@ -156,6 +168,19 @@ fn part(value: &Value, place: &str) -> Result<Part> {
                 value.get(kind).ok_or_else(|| wrong(place, &format!("a part with `{kind}`"), value))?;
             Ok(Part::Image(url(field)?))
         }
+        "audio" => {
+            let field = value.get(kind).ok_or_else(|| wrong(place, "a part with `audio`", value))?;
+            let field = field.get("url").unwrap_or(field);
+            Ok(Part::Audio(Sound::url(string(Some(field), &format!("{place}.audio"), value)?)?))
+        }
+        "input_audio" => {
+            let field = value.get(kind).ok_or_else(|| wrong(place, "a part with `input_audio`", value))?;
+            if let Some(format) = field.get("format").filter(|f| f.as_str() != Some("wav")) {
+                return Err(wrong(&format!("{place}.input_audio.format"), "\"wav\"", format));
+            }
+            let data = string(field.get("data"), &format!("{place}.input_audio.data"), field)?;
+            Ok(Part::Audio(Sound::base64(data)))
+        }
         "video" => {
             let frames = array(value.get("video").unwrap_or(&Value::Null), &format!("{place}.video"))?;
             let frames: Vec<Picture> = frames.iter().map(url).collect::<Result<_>>()?;
@@ -172,7 +197,11 @@ fn part(value: &Value, place: &str) -> Result<Part> {
             };
             Ok(Part::Video { frames, seconds })
         }
-        _ => Err(wrong(&format!("{place}.type"), "text, image_url, image or video", &value["type"])),
+        _ => Err(wrong(
+            &format!("{place}.type"),
+            "text, image_url, image, video, input_audio or audio",
+            &value["type"],
+        )),
     }
 }
 
@@ -207,7 +236,7 @@ mod tests {
     fn what_does_not_fit_is_named_with_its_place() {
         assert_eq!(
             error("[]"),
-            "request: the top level must be an object with `messages` or `input_ids`, found []"
+            "request: the top level must be an object with `messages`, `input_ids` or `audio`, found []"
         );
         assert!(error(r#"{"input_ids": [1, -2]}"#).contains("input_ids[1] must be a token id, found -2"));
         assert!(

@@ -194,8 +194,10 @@ impl Session {
         }
         if !wanted.is_empty() {
             self.engine.inner.options.report("encode pictures", wanted.len(), wanted.len());
-            if let Some(vision) = self.engine.inner.vision.get() {
-                vision.trim();
+            for program in [&self.engine.inner.vision, &self.engine.inner.audio] {
+                if let Some(program) = program.get() {
+                    program.trim();
+                }
             }
             timings.vision += start.elapsed();
         }
@@ -267,7 +269,22 @@ fn entries(prompt: &Prompt) -> impl Iterator<Item = Entry> + '_ {
 
 /// Rows of one picture or video: `[tokens, width]`.
 pub(crate) fn encode(engine: &Engine, picture: &Encodable) -> Result<Vec<f32>> {
-    Ok(encode_with(engine, engine.vision()?, picture)?.take("image_embeds")?.values)
+    match picture.samples() {
+        Some(samples) => hear(engine, samples),
+        None => Ok(encode_with(engine, engine.vision()?, picture)?.take("image_embeds")?.values),
+    }
+}
+
+/// Rows of one sound: `[frames, width]`.
+fn hear(engine: &Engine, samples: &[f32]) -> Result<Vec<f32>> {
+    let model = engine.inner.model.audio.as_ref().ok_or(Error::NoAudio { found: 1 })?;
+    let frames = i32::try_from(model.config.frames(samples.len())).unwrap_or(i32::MAX);
+    let segments = [0, frames];
+    let inputs = Inputs::new().f32("input_values", samples).i32("audio_segments", &segments);
+    let bindings = pocketglm_graph::Bindings::new().with("N", samples.len());
+    let program = engine.audio()?;
+    let mut state = program.new_state(&bindings)?;
+    Ok(program.run(&mut state, &inputs, &bindings)?.take("audio_embeds")?.values)
 }
 
 /// Runs one picture or video through a program of the vision encoder.
@@ -278,14 +295,15 @@ pub(crate) fn encode_with(
 ) -> Result<pocketglm_graph::Outputs> {
     let model = engine.inner.model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
     let merge = model.config.spatial_merge_size;
-    let place = vision_positions(&[picture.pixels.grid], merge, model.config.table_side)?;
+    let pixels = picture.pixels().ok_or(Error::NoVision { found: 1 })?;
+    let place = vision_positions(&[pixels.grid], merge, model.config.table_side)?;
     let signed = |v: &[u32]| -> Vec<i32> { v.iter().map(|&x| x as i32).collect() };
     let taps: Vec<i32> = place.taps.iter().flatten().map(|&t| t as i32).collect();
     let weights: Vec<f32> = place.tap_weights.iter().flatten().copied().collect();
     let positions = [signed(&place.rows), signed(&place.cols)].concat();
     let segments = signed(&place.segments);
     let inputs = Inputs::new()
-        .f32("pixel_values", &picture.pixels.values)
+        .f32("pixel_values", &pixels.values)
         .i32("taps", &taps)
         .f32("tap_weights", &weights)
         .i32("patch_positions", &positions)

@@ -16,12 +16,16 @@ use crate::{Engine, Prompt, Result};
 /// `input_ids [1, n]`, `position_ids [3, 1, n]`, `hidden_states.{i} [1, n, D]` (0 is the embeddings, the last one
 /// is after the final norm, as in transformers), `logits [1, n, vocabulary]`; with pictures also `pixel_values
 /// [patches, ..]`, `image_grid_thw [pictures, 3]`, `image_embeds [tokens, D]` (the merger's output), and the same
-/// with `_videos`, `video_grid_thw`, `video_embeds` for videos.
+/// with `_videos`, `video_grid_thw`, `video_embeds` for videos; with sounds `audio_embeds [frames, D]`.
 pub struct Trace {
     tensors: Vec<(String, Tensor)>,
 }
 
 impl Trace {
+    pub(crate) fn of(tensors: Vec<(String, Tensor)>) -> Trace {
+        Trace { tensors }
+    }
+
     /// The tensors in the order in which they were computed.
     pub fn tensors(&self) -> &[(String, Tensor)] {
         &self.tensors
@@ -74,9 +78,11 @@ impl Engine {
             (true, "pixel_values_videos", "video_grid_thw", "video_embeds"),
         ] {
             let (mut pixels, mut grids, mut embeds) = (Vec::new(), Vec::new(), Vec::new());
-            for (p, e) in prompt.pictures.iter().zip(&embeds_of).filter(|(p, _)| p.video == video) {
-                pixels.extend_from_slice(&p.pixels.values);
-                grids.extend(p.pixels.grid.map(|side| side as i64));
+            for (p, e) in prompt.pictures.iter().zip(&embeds_of).filter(|(p, _)| p.is_video() == Some(video))
+            {
+                let Some(p) = p.pixels() else { continue };
+                pixels.extend_from_slice(&p.values);
+                grids.extend(p.grid.map(|side| side as i64));
                 embeds.extend_from_slice(e);
             }
             if !grids.is_empty() {
@@ -90,6 +96,11 @@ impl Engine {
                 tensors
                     .push((embeds_name.into(), Tensor::from_f32(&[embeds.len() / width, width], &embeds)?));
             }
+        }
+        let sounds = prompt.pictures.iter().zip(&embeds_of).filter(|(p, _)| p.is_video().is_none());
+        let heard: Vec<f32> = sounds.flat_map(|(_, e)| e).copied().collect();
+        if !heard.is_empty() {
+            tensors.push(("audio_embeds".into(), Tensor::from_f32(&[heard.len() / width, width], &heard)?));
         }
         let (mut at, mut rows) = (Vec::new(), Vec::new());
         for (i, visual) in prompt.visual.iter().enumerate() {

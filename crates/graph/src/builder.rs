@@ -7,9 +7,10 @@ use pocketglm_tensor::{DType, KvFormat, Tensor, TensorInfo, WeightSource};
 use crate::dim::Dim;
 use crate::graph::{Graph, Meta, Node, Value};
 use crate::ops::{
-    Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, GatherRows, Input, KvAppend, KvRead,
-    LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout, RopeTable, Scale, ScatterRows, Slice,
-    Softmax, SoftmaxMask, State, TopK, Unary, UnaryKind, WeightRef, WeightedGather,
+    Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, FrameConv, GatherRows, Input,
+    InstanceNorm, KvAppend, KvRead, LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout,
+    RopeTable, Scale, ScatterRows, Slice, Softmax, SoftmaxMask, State, TopK, Unary, UnaryKind, WeightRef,
+    WeightedGather,
 };
 use crate::{Error, Result};
 
@@ -228,8 +229,13 @@ impl<'w> GraphBuilder<'w> {
         let c = self.fixed_last(x)?;
         self.scoped(name, |g| {
             let (w, b) = (g.weight("weight", &[c])?, g.weight("bias", &[c])?);
-            g.push(Op::LayerNorm(LayerNorm { eps }), &[x, w, b])
+            g.layer_norm_by(x, w, b, eps)
         })
+    }
+
+    /// The same with given weight and bias `[c]`.
+    pub fn layer_norm_by(&mut self, x: Value, weight: Value, bias: Value, eps: f32) -> Result<Value> {
+        self.push(Op::LayerNorm(LayerNorm { eps }), &[x, weight, bias])
     }
 
     /// Batch normalisation with stored statistics: `parameters` are weight, bias, mean and variance, `[c]` each.
@@ -250,6 +256,36 @@ impl<'w> GraphBuilder<'w> {
     ) -> Result<Value> {
         let op = Conv { stride, padding, groups, activation: Activation::None };
         self.push(Op::Conv(op), &[x, weight, bias])
+    }
+
+    /// `(x - mean) * rsqrt(var + eps) * {name}.weight + {name}.bias` for each channel of `x [t, c]` over all rows.
+    pub fn instance_norm(&mut self, name: &str, x: Value, eps: f32) -> Result<Value> {
+        let c = self.fixed_last(x)?;
+        self.scoped(name, |g| {
+            let (w, b) = (g.weight("weight", &[c])?, g.weight("bias", &[c])?);
+            g.instance_norm_by(x, w, b, eps)
+        })
+    }
+
+    /// The same with given weight and bias `[c]`.
+    pub fn instance_norm_by(&mut self, x: Value, weight: Value, bias: Value, eps: f32) -> Result<Value> {
+        self.push(Op::InstanceNorm(InstanceNorm { eps }), &[x, weight, bias])
+    }
+
+    /// Convolution over the frames of `x [t, c]` with `weight [o, kernel·c/groups]`; see [`FrameConv`].
+    pub fn frame_conv_by(
+        &mut self,
+        x: Value,
+        weight: Value,
+        bias: Option<Value>,
+        [kernel, stride]: [usize; 2],
+        padding: [usize; 2],
+        groups: usize,
+    ) -> Result<Value> {
+        let activation = Activation::None;
+        let op = FrameConv { kernel, stride, padding, groups, bias: bias.is_some(), norm: None, activation };
+        let inputs: Vec<Value> = [x, weight].into_iter().chain(bias).collect();
+        self.push(Op::FrameConv(op), &inputs)
     }
 
     /// Softmax of scores `[b, t, s]` under a mask; `segments` for [`SoftmaxMask::Segments`].

@@ -656,6 +656,12 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 let bytes = if packed { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
                 memory.scratch = memory.scratch.max(bytes as u64);
             }
+            Op::FrameConv(c) => {
+                let weight = graph.meta(node.inputs[1]).dtype.is_quantised();
+                let (padded, m, k) = c.product(plan.shape(node.inputs[0]), plan.shape(node.inputs[1]))?;
+                let bytes = if weight { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
+                memory.scratch = memory.scratch.max(bytes as u64 + padded);
+            }
             Op::Attention(a) => {
                 let t = plan.shape(node.inputs[0])[0];
                 let s = plan.shape(node.inputs[1])[0];

@@ -1,4 +1,5 @@
-//! Runs AutoGLM-Phone-9B and its family (GLM-4.1V) on the device itself: pictures and text in, text out.
+//! Runs AutoGLM-Phone-9B and its family (GLM-4.1V) on the device itself: pictures, sounds and text in, text out.
+//! Wav2Vec2 checkpoints turn speech into text by themselves.
 //!
 //! ```no_run
 //! use pocketglm::{Model, Prompt};
@@ -14,7 +15,7 @@
 //! # }
 //! ```
 //!
-//! Start at [`Model::open`]. [`Model`] is `Send + Sync + Clone`; a [`Chat`] is `Send` and keeps the conversation, its
+//! Start at [`Model::open`], or at [`Recogniser::open`] for speech alone. [`Model`] is `Send + Sync + Clone`; a [`Chat`] is `Send` and keeps the conversation, its
 //! KV cache and the pictures it has seen. [`Engine`] and [`Session`] below them give every step by itself: prompts,
 //! memory plans, traces, timings.
 //!
@@ -32,8 +33,9 @@ mod model;
 
 pub use model::{Chat, Model, Prompt};
 pub use pocketglm_engine::{
-    Backend, Cancel, Content, ContentFormat, DType, DeviceFault, DevicePoint, Engine, EngineOptions, Error,
-    FinishReason, GenerateOptions, Generation, KvFormat, MemoryPlan, MemoryUse, Message, ModelInfo,
-    Parameters, Part, Picture, Piece, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Request,
-    Result, Sampling, Session, Tensor, Timings, Trace, quantise, to_device_pixels,
+    AudioLimits, AudioPrecision, Backend, Cancel, Chunking, Content, ContentFormat, DType, DeviceFault,
+    DevicePoint, Engine, EngineOptions, Error, FinishReason, GenerateOptions, Generation, KvFormat, Level,
+    MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part, Picture, Piece, Progress, ProgressFn,
+    Prompt as PreparedPrompt, ReadMode, Recogniser, RecogniserInfo, Request, Result, Sampling, Session,
+    Sound, Stream, Tensor, Timings, Trace, TranscribeOptions, Transcript, Word, quantise, to_device_pixels,
 };

@@ -2,6 +2,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     Engine, EngineOptions, GenerateOptions, Generation, Message, Part, Picture, Request, Result, Session,
+    Sound,
 };
 
 /// A loaded checkpoint: `Send + Sync`, and cheap to clone.
@@ -40,7 +41,7 @@ impl Model {
     }
 }
 
-/// What a user says in one turn: text and pictures in their order.
+/// What a user says in one turn: text, pictures and sounds in their order.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
     system: Option<String>,
@@ -73,6 +74,17 @@ impl Prompt {
     /// Appends a picture from bytes, base64 or pixels.
     pub fn picture(mut self, picture: Picture) -> Prompt {
         self.parts.push(Part::Image(picture));
+        self
+    }
+
+    /// Appends a WAV file. It is read when the answer begins; the checkpoint needs an audio branch.
+    pub fn audio(self, path: impl Into<PathBuf>) -> Prompt {
+        self.sound(Sound::file(path))
+    }
+
+    /// Appends a sound from bytes, base64 or frames.
+    pub fn sound(mut self, sound: Sound) -> Prompt {
+        self.parts.push(Part::Audio(sound));
         self
     }
 

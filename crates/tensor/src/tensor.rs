@@ -53,6 +53,21 @@ pub trait WeightSource: Send + Sync {
     }
 }
 
+impl<W: WeightSource + ?Sized> WeightSource for std::sync::Arc<W> {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        (**self).tensors()
+    }
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        (**self).info(name)
+    }
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        (**self).tensor(name)
+    }
+    fn packed(&self, name: &str) -> Result<Option<Packed>> {
+        (**self).packed(name)
+    }
+}
+
 /// An immutable, contiguous, row-major host tensor over shared bytes. Cloning copies no data.
 #[derive(Clone, Debug)]
 pub struct Tensor {

@@ -206,7 +206,7 @@ impl VisionTaps {
             return Ok(VisionTaps { taps: Vec::new(), programs: HashMap::new() });
         };
         let mut g = GraphBuilder::new(&*engine.inner.model.weights);
-        vision_encoder(&mut g, &vision.config)?;
+        vision_encoder(&mut g, &vision.config, vision.fusion)?;
         let taps = tap_linear_inputs(&mut g.finish(), &|_| true);
         Ok(VisionTaps { taps, programs: HashMap::new() })
     }
@@ -217,7 +217,9 @@ impl VisionTaps {
         picture: &Encodable,
         sink: &mut dyn FnMut(Outputs) -> Result<()>,
     ) -> Result<()> {
-        let patches: u64 = picture.pixels.grid.iter().map(|&side| side as u64).product();
+        // Statistics of the audio encoder are not gathered.
+        let Some(pixels) = picture.pixels() else { return Ok(()) };
+        let patches: u64 = pixels.grid.iter().map(|&side| side as u64).product();
         let width: u64 = self.taps.iter().map(|t| t.channels as u64).sum();
         let parts = patches.saturating_mul(width).saturating_mul(4).div_ceil(TAPPED_BYTES).max(1) as usize;
         let parts = parts.min(self.taps.len().max(1));
@@ -242,7 +244,7 @@ fn vision_part(engine: &Engine, taps: &[Tap]) -> Result<Box<dyn Program>> {
     let model = &engine.inner.model;
     let vision = model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
     let mut g = GraphBuilder::new(&*model.weights);
-    vision_encoder(&mut g, &vision.config)?;
+    vision_encoder(&mut g, &vision.config, vision.fusion)?;
     let mut graph = g.finish();
     tap_linear_inputs(&mut graph, &|name| taps.iter().any(|t| t.weights.iter().any(|w| w == name)));
     optimise(&mut graph)?;

@@ -102,7 +102,7 @@ pub(super) fn plan(
     table: Option<&CalibrationTable>,
     force_requantise: bool,
 ) -> Result<Planned> {
-    let graph = whole_graph(&model.text, model.vision.as_ref().map(|v| &v.config))?;
+    let graph = whole_graph(&model.text, model.vision.as_ref().map(|v| (&v.config, v.fusion)))?;
     let info = |name: String| -> Result<TensorInfo> {
         let missing = || pocketglm_tensor::Error::Missing { name: name.clone(), place: "the model".into() };
         Ok(model.weights.info(&name).ok_or_else(missing)?)

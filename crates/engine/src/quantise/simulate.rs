@@ -10,7 +10,7 @@ use pocketglm_vit::VisionConfig;
 
 use super::policy::{Method, Policy};
 use super::table::CalibrationTable;
-use crate::model::whole_graph;
+use crate::model::{whole_graph, with_fusion};
 use crate::{Error, Result};
 
 /// What becomes of matrices, by name.
@@ -40,11 +40,14 @@ impl Simulation {
             table.check_of(text, vision, weights)?;
         }
         let info = |name: String| {
-            let missing = || pocketglm_tensor::Error::Missing { name: name.clone(), place: "the model".into() };
+            let missing =
+                || pocketglm_tensor::Error::Missing { name: name.clone(), place: "the model".into() };
             Ok(weights.info(&name).ok_or_else(missing)?)
         };
-        let matrices: Vec<TensorInfo> =
-            matrices(&whole_graph(text, vision)?).into_iter().map(info).collect::<Result<_>>()?;
+        let matrices: Vec<TensorInfo> = matrices(&whole_graph(text, with_fusion(vision, weights))?)
+            .into_iter()
+            .map(info)
+            .collect::<Result<_>>()?;
         let made = self.policy.assign(&matrices, text.num_hidden_layers)?;
         let mut precisions = Precisions::new();
         for (info, made) in matrices.into_iter().zip(made).filter(|(info, made)| info.dtype != made.dtype) {
@@ -61,7 +64,8 @@ impl Simulation {
             };
             let k = info.shape.last().copied().unwrap_or(0);
             // An embedding table is read by the row: it has no input, unless it is the head as well.
-            let table = table.as_ref().filter(|t| t.knows(&info.name) || !info.name.ends_with("embed_tokens.weight"));
+            let table =
+                table.as_ref().filter(|t| t.knows(&info.name) || !info.name.ends_with("embed_tokens.weight"));
             let input_range = match table.filter(|_| made.dtype.is_quantised()) {
                 Some(table) => Some(table.input_range(&info.name, k, None)?),
                 None => None,

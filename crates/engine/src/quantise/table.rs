@@ -81,7 +81,7 @@ fn fingerprint_of(
         t.mrope_section,
         t.tie_word_embeddings
     ));
-    let graph = crate::model::whole_graph(t, vision)?;
+    let graph = crate::model::whole_graph(t, crate::model::with_fusion(vision, weights))?;
     for info in graph.weights() {
         hash.update(format!("{} {:?}\n", info.name, info.shape));
         if info.shape.len() == 1 {

@@ -6,6 +6,7 @@
 mod attention;
 mod conv;
 mod elementwise;
+mod frame_conv;
 mod gather;
 mod kv;
 mod linear;
@@ -26,11 +27,12 @@ use pocketglm_tensor::{Cpu, DType, KvFormat, KvRows, Tensor, Weight};
 pub use attention::{Attention, AttentionMask};
 pub use conv::{BatchNorm, Conv};
 pub use elementwise::{Binary, BinaryKind, Scale, Unary, UnaryKind};
+pub use frame_conv::{ConvNorm, FrameConv};
 pub use gather::{GatherRows, ScatterRows, WeightedGather};
 pub use kv::{KvAppend, KvRead};
 pub use linear::{Activation, Linear, LinearNorm};
 pub use matmul::MatMul;
-pub use norm::{LayerNorm, NormAdd, RmsNorm};
+pub use norm::{InstanceNorm, LayerNorm, NormAdd, RmsNorm};
 pub use qkv::{Qkv, QkvRope};
 pub use quantise::QuantDequant;
 pub use rope::{Rope, RopeLayout, RopeTable};
@@ -58,6 +60,7 @@ pub enum Op {
     MatMul(MatMul),
     RmsNorm(RmsNorm),
     LayerNorm(LayerNorm),
+    InstanceNorm(InstanceNorm),
     BatchNorm(BatchNorm),
     Softmax(Softmax),
     RopeTable(RopeTable),
@@ -72,6 +75,7 @@ pub enum Op {
     KvAppend(KvAppend),
     KvRead(KvRead),
     Conv(Conv),
+    FrameConv(FrameConv),
     Linear(Linear),
     Qkv(Qkv),
     Attention(Attention),
@@ -257,6 +261,7 @@ impl Op {
             Op::MatMul(o) => o,
             Op::RmsNorm(o) => o,
             Op::LayerNorm(o) => o,
+            Op::InstanceNorm(o) => o,
             Op::BatchNorm(o) => o,
             Op::Softmax(o) => o,
             Op::RopeTable(o) => o,
@@ -271,6 +276,7 @@ impl Op {
             Op::KvAppend(o) => o,
             Op::KvRead(o) => o,
             Op::Conv(o) => o,
+            Op::FrameConv(o) => o,
             Op::Linear(o) => o,
             Op::Qkv(o) => o,
             Op::Attention(o) => o,

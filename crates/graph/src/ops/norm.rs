@@ -65,6 +65,35 @@ impl OpDef for LayerNorm {
     }
 }
 
+/// `y[t, c] = (x[t, c] - mean_c) * rsqrt(var_c + eps) * weight[c] + bias[c]`, mean and variance of each channel over
+/// all rows (Ulyanov et al. 2016); a group norm whose groups are single channels.
+#[derive(Clone, Debug)]
+pub struct InstanceNorm {
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+impl OpDef for InstanceNorm {
+    fn name(&self) -> &'static str {
+        "instance_norm"
+    }
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let [x, ..] = operands::<3>("instance_norm", inputs)?;
+        if x.shape.len() != 2 {
+            return Err(shape_error("instance_norm", "x [t, c] and vectors [c]", inputs));
+        }
+        vectors("instance_norm", inputs, 1)
+    }
+    fn operations(&self, inputs: &[Vec<usize>], _: &[Vec<usize>]) -> f64 {
+        7.0 * count(&inputs[0])
+    }
+    fn run(&self, call: &mut Call<'_, '_>) -> Result<()> {
+        const OP: &str = "instance_norm";
+        let (x, w, b) = (call.f32(OP, 0)?, call.f32(OP, 1)?, call.f32(OP, 2)?);
+        Ok(kernels::instance_norm(call.cpu, x, w, b, self.eps, call.output(OP, 0)?)?)
+    }
+}
+
 /// Fused: `y = residual + RMSNorm(x; weight)`, operands `residual, x, weight`.
 #[derive(Clone, Debug)]
 pub struct NormAdd {

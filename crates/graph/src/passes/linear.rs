@@ -1,7 +1,7 @@
 use super::conv::element_wise;
 use super::{only_user, result_of};
 use crate::graph::{Graph, Value};
-use crate::ops::{Activation, BinaryKind, Linear, Op};
+use crate::ops::{Activation, Binary, BinaryKind, Linear, Op};
 
 /// The operands of `a + b` or `b + a`, where node `i` is that sum.
 fn sum(graph: &Graph, i: usize) -> Option<[Value; 2]> {
@@ -20,7 +20,8 @@ pub fn fuse_bias(graph: &mut Graph) -> crate::Result<usize> {
         let [x, w] = *graph.nodes[i].inputs.as_slice() else { continue };
         let weight = |v: Value| matches!(graph.node(v).op, Op::Weight(_) | Op::Constant(_));
         // A weight that went through a format and back is one still.
-        let rounded = |v: Value| matches!(&graph.node(v).op, Op::QuantDequant(_)) && weight(graph.node(v).inputs[0]);
+        let rounded =
+            |v: Value| matches!(&graph.node(v).op, Op::QuantDequant(_)) && weight(graph.node(v).inputs[0]);
         if graph.meta(w).shape.len() != 2 || !(weight(w) || rounded(w)) {
             continue;
         }
@@ -36,6 +37,34 @@ pub fn fuse_bias(graph: &mut Graph) -> crate::Result<usize> {
         };
         let linear = graph.push(Op::Linear(Linear::plain(biased.is_some())), inputs, &scope)?;
         graph.replace(target, linear);
+        applied += 1;
+    }
+    Ok(applied)
+}
+
+/// A vector of the checkpoint that is added to what a linear layer gives, such as the tag of a modality, becomes part of
+/// its bias, which is computed once at load time.
+pub fn fold_added_vector(graph: &mut Graph) -> crate::Result<usize> {
+    let mut applied = 0;
+    for i in 0..graph.nodes.len() {
+        let Some([y, vector]) = sum(graph, i) else { continue };
+        let fixed = matches!(graph.node(vector).op, Op::Weight(_) | Op::Constant(_));
+        if !fixed || graph.meta(vector).shape.len() != 1 {
+            continue;
+        }
+        let Some((linear, inputs)) = plain_linear(graph, graph.users(), y) else { continue };
+        let (x, w, bias) = match (linear.parts.as_slice(), inputs) {
+            ([true], &[x, w, b]) => (x, w, Some(b)),
+            ([false], &[x, w]) => (x, w, None),
+            _ => continue,
+        };
+        let scope = graph.node(y).scope.clone();
+        let bias = match bias {
+            Some(b) => graph.push(Op::Binary(Binary { kind: BinaryKind::Add }), vec![b, vector], &scope)?,
+            None => vector,
+        };
+        let fused = graph.push(Op::Linear(Linear::plain(true)), vec![x, w, bias], &scope)?;
+        graph.replace(result_of(i), fused);
         applied += 1;
     }
     Ok(applied)

@@ -5,6 +5,7 @@
 
 mod attention;
 mod conv;
+mod frame_conv;
 mod linear;
 mod load_time;
 mod norm;
@@ -19,10 +20,11 @@ use crate::ops::Op;
 
 pub use attention::fuse_attention;
 pub use conv::{fold_batch_norm, fuse_conv_activation};
-pub use linear::{fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu};
+pub use frame_conv::{fuse_frame_conv_activation, fuse_frame_conv_norm};
+pub use linear::{fold_added_vector, fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu};
 pub use load_time::mark_load_time;
 pub use norm::{fuse_norm_add, fuse_norm_linear};
-pub use qkv::fuse_qkv;
+pub use qkv::{fuse_qkv, merge_attention_linears};
 pub use quantise::{Precision, insert_quantise};
 pub use taps::{NormedLinears, Tap, matrices, normed_linears, tap_caches, tap_linear_inputs};
 
@@ -46,10 +48,14 @@ pub type Pass = fn(&mut Graph) -> crate::Result<usize>;
 pub const ALL: &[(&str, Pass)] = &[
     ("fold batch norm into convolution", fold_batch_norm),
     ("activation into convolution", fuse_conv_activation),
+    ("norm into frame convolution", fuse_frame_conv_norm),
+    ("activation into frame convolution", fuse_frame_conv_activation),
     ("matmul and bias into linear", fuse_bias),
+    ("added vector into the bias of linear", fold_added_vector),
     ("SwiGLU into gate-up", fuse_swiglu),
     ("attention", fuse_attention),
     ("merge QKV with RoPE and KV append", fuse_qkv),
+    ("merge QKV without RoPE", merge_attention_linears),
     ("norm and residual", fuse_norm_add),
     ("activation into linear", fuse_linear_activation),
     ("residual into linear", fuse_linear_residual),

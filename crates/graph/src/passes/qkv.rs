@@ -131,3 +131,44 @@ fn rows_of(graph: &Graph, users: &[Vec<usize>], operand: Value) -> Option<Rows> 
     }
     matches!(graph.node(value).op, Op::Linear(_)).then_some(Rows { linear: value, column, rope })
 }
+
+/// The three projections of an attention block without rotation become one linear layer of three parts, whose columns
+/// attention reads.
+pub fn merge_attention_linears(graph: &mut Graph) -> crate::Result<usize> {
+    let mut applied = 0;
+    for i in 0..graph.nodes.len() {
+        let Op::Attention(mut attention) = graph.nodes[i].op.clone() else { continue };
+        let Some(operands) = graph.nodes[i].inputs.get(..3).map(<[Value]>::to_vec) else { continue };
+        let (heads, kv, d) = (attention.heads, attention.kv_heads, attention.head_dim);
+        let mut inputs = Vec::new();
+        let mut parts = Vec::new();
+        let plain = operands.iter().zip([heads * d, kv * d, kv * d]).all(|(v, width)| {
+            let Op::Linear(l) = &graph.node(*v).op else { return false };
+            let from = &graph.node(*v).inputs;
+            if inputs.is_empty() {
+                inputs.push(from[0]);
+            }
+            inputs.extend(&from[1..]);
+            parts.extend(&l.parts);
+            only_user(graph, graph.users(), *v).is_some()
+                && from[0] == inputs[0]
+                && l.norm.is_none()
+                && !l.residual
+                && l.activation == Activation::None
+                && graph.meta(*v).shape.last().and_then(Dim::as_fixed) == Some(width)
+        });
+        if !plain || attention.columns != [0; 3] {
+            continue;
+        }
+        let scope = graph.nodes[i].scope.clone();
+        let linear = Linear { parts, norm: None, activation: Activation::None, residual: false };
+        let merged = graph.push(Op::Linear(linear), inputs, &scope)?;
+        attention.columns = [0, heads * d, (heads + kv) * d];
+        let rest = graph.nodes[i].inputs[3..].to_vec();
+        let inputs = [merged; 3].into_iter().chain(rest).collect();
+        let fused = graph.push(Op::Attention(attention), inputs, &scope)?;
+        graph.replace(result_of(i), fused);
+        applied += 1;
+    }
+    Ok(applied)
+}

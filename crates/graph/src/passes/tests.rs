@@ -532,3 +532,86 @@ fn the_users_of_every_node_stay_counted_while_passes_rewrite() {
     }
     assert!(rewritten > 10, "only {rewritten} places were rewritten");
 }
+
+/// A signal, a convolution, a norm over time or over channels, and GELU; then a grouped, padded convolution.
+fn frame_convs(instance: bool) -> Graph {
+    let mut g = GraphBuilder::new(&Invented);
+    let x = f32_input(&mut g, "x", &[t(), 3.into()]);
+    let (w, b) = (weight(&mut g, "w", &[8, 12]), weight(&mut g, "b", &[8]));
+    let y = g.frame_conv_by(x, w, Some(b), [4, 2], [0, 0], 1).unwrap();
+    let (nw, nb) = (weight(&mut g, "nw", &[8]), weight(&mut g, "nb", &[8]));
+    let y = match instance {
+        true => g.instance_norm_by(y, nw, nb, 1e-5).unwrap(),
+        false => g.layer_norm_by(y, nw, nb, 1e-5).unwrap(),
+    };
+    let y = g.gelu(y).unwrap();
+    let w = weight(&mut g, "grouped", &[8, 20]);
+    let z = g.frame_conv_by(y, w, None, [5, 1], [2, 2], 2).unwrap();
+    let z = g.gelu(z).unwrap();
+    let z = g.add(y, z).unwrap();
+    g.output("z", z);
+    g.finish()
+}
+
+#[test]
+fn norm_and_activation_become_part_of_a_convolution_over_frames() {
+    for instance in [false, true] {
+        let before = frame_convs(instance);
+        let mut after = before.clone();
+        assert_eq!(fuse_frame_conv_norm(&mut after).unwrap(), 1);
+        after.prune_and_sort();
+        assert_eq!(fuse_frame_conv_activation(&mut after).unwrap(), 2);
+        after.prune_and_sort();
+        assert_eq!(names(&after), ["frame_conv_norm_act", "frame_conv_act", "add"]);
+        for frames in [8, 9, 30] {
+            let bindings = Bindings::new().with("T", frames);
+            let d = distance(&run(&before, &bindings, &[]), &run(&after, &bindings, &[]));
+            assert!(d < 1e-5, "{frames} frames: results differ by {d:e}");
+        }
+    }
+}
+
+#[test]
+fn a_tag_becomes_part_of_the_bias_of_its_projection() {
+    for bias in [false, true] {
+        let mut g = GraphBuilder::new(&Invented);
+        let x = f32_input(&mut g, "x", &[t(), 3.into()]);
+        let w = weight(&mut g, "w", &[5, 3]);
+        let mut y = g.matmul(x, w, true).unwrap();
+        if bias {
+            let b = weight(&mut g, "b", &[5]);
+            y = g.add(y, b).unwrap();
+        }
+        let tag = weight(&mut g, "tag", &[5]);
+        let y = g.add(y, tag).unwrap();
+        g.output("y", y);
+        let before = g.finish();
+        let mut after = before.clone();
+        optimise(&mut after).unwrap();
+        assert_eq!(after.compute_nodes(), 1, "{:?}", names(&after));
+        let bindings = Bindings::new().with("T", 4);
+        assert!(distance(&run(&before, &bindings, &[]), &run(&after, &bindings, &[])) < 2e-6);
+    }
+}
+
+#[test]
+fn projections_of_attention_without_rotation_are_merged() {
+    let mut g = GraphBuilder::new(&Invented);
+    let x = f32_input(&mut g, "x", &[t(), 6.into()]);
+    let segments = g.input("segments", DType::I32, &[2.into()]).unwrap();
+    let mut heads = Vec::new();
+    for name in ["q", "k", "v"] {
+        let (w, b) = (weight(&mut g, name, &[8, 6]), weight(&mut g, &format!("{name}b"), &[8]));
+        let y = g.matmul(x, w, true).unwrap();
+        let y = g.add(y, b).unwrap();
+        heads.push(g.reshape(y, &[t(), 2.into(), 4.into()]).unwrap());
+    }
+    let y = g.attention(heads[0], heads[1], heads[2], 0.5, SoftmaxMask::Segments, Some(segments)).unwrap();
+    g.output("y", y);
+    let before = g.finish();
+    let mut after = before.clone();
+    optimise(&mut after).unwrap();
+    assert_eq!(names(&after), ["linear", "attention"]);
+    let bindings = Bindings::new().with("T", 7);
+    assert!(distance(&run(&before, &bindings, &[0, 7]), &run(&after, &bindings, &[0, 7])) < 2e-6);
+}

@@ -9,9 +9,11 @@
 
 mod attention;
 mod conv;
+mod conv_frames;
 mod elementwise;
 mod gather;
 mod gemm;
+mod instance_norm;
 mod kv;
 mod linear;
 mod matmul;
@@ -24,11 +26,13 @@ pub(crate) mod tile;
 
 pub use attention::{Attention, Mask, attention, attention_scratch_bytes, attention_twin};
 pub use conv::{Conv1d, Conv2d, batch_norm, batch_norm_twin, conv1d, conv1d_twin, conv2d, conv2d_twin};
+pub use conv_frames::{FrameConv, FrameNorm, conv_frames, conv_frames_scratch_bytes, conv_frames_twin};
 pub use elementwise::{
     Binary, Unary, binary, binary_broadcast, binary_broadcast_twin, binary_twin, broadcast_shape, unary,
     unary_twin,
 };
 pub use gather::{gather_rows, gather_rows_twin, weighted_gather, weighted_gather_twin};
+pub use instance_norm::{instance_norm, instance_norm_twin};
 pub use kv::{kv_store, kv_store_twin};
 pub use linear::{
     Epilogue, Part, linear, linear_rounded, linear_scratch_bytes, linear_twin, packed_scratch_bytes,

@@ -4,7 +4,8 @@
 //! - `norm_add`: `y = residual + rms_norm(x)`
 //! - `layer_norm`: `y[i, :] = (x[i, :] - mean) / sqrt(mean((x[i, :] - mean)^2) + eps) * weight + bias`
 
-use super::{SharedMut, expect, for_rows};
+use super::conv_frames::activated;
+use super::{Epilogue, SharedMut, expect, for_rows};
 use crate::simd::{Kernel, Simd};
 use crate::{Cpu, Error, Result};
 
@@ -66,6 +67,21 @@ pub fn layer_norm(cpu: &Cpu, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, 
     expect("layer_norm", "bias", &[c], bias.len())?;
     each_row(cpu, r, c, y, &|i, y| cpu.isa().run(Layer { x: &x[i * c..][..c], weight, bias, eps, y }));
     Ok(())
+}
+
+/// Normalises the rows of `y` themselves and applies an epilogue; `weight` and `bias` are as long as a row.
+pub(super) fn layer_norm_in_place(
+    cpu: &Cpu,
+    y: &mut [f32],
+    weight: &[f32],
+    bias: &[f32],
+    eps: f32,
+    epilogue: Epilogue,
+) {
+    let c = weight.len();
+    each_row(cpu, y.len() / c.max(1), c, y, &|_, y| {
+        cpu.isa().run(LayerInPlace { weight, bias, eps, epilogue, y })
+    });
 }
 
 /// Calls `f` with the number of each row and that row of `y`, in parallel.
@@ -165,6 +181,36 @@ impl Kernel for Layer<'_> {
                 let (w, b) =
                     (s.load_n(self.weight.as_ptr().add(j), n), s.load_n(self.bias.as_ptr().add(j), n));
                 s.store_n(self.y.as_mut_ptr().add(j), n, s.fma(v, w, b));
+            }
+        }
+    }
+}
+
+/// The same in place, with an epilogue.
+struct LayerInPlace<'a> {
+    weight: &'a [f32],
+    bias: &'a [f32],
+    eps: f32,
+    epilogue: Epilogue,
+    y: &'a mut [f32],
+}
+
+impl Kernel for LayerInPlace<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let c = self.y.len();
+        let mean = s.splat(sum!(s, self.y, v => v) / c as f32);
+        let squares = sum!(s, self.y, v => s.mul(s.sub(v, mean), s.sub(v, mean)));
+        let scale = s.splat(1.0 / (squares / c as f32 + self.eps).sqrt());
+        for j in (0..c).step_by(S::WIDTH) {
+            let n = (c - j).min(S::WIDTH);
+            // SAFETY: all operands are rows of `c`, as the caller checked.
+            unsafe {
+                let v = s.mul(s.sub(s.load_n(self.y.as_ptr().add(j), n), mean), scale);
+                let (w, b) =
+                    (s.load_n(self.weight.as_ptr().add(j), n), s.load_n(self.bias.as_ptr().add(j), n));
+                s.store_n(self.y.as_mut_ptr().add(j), n, activated(s, self.epilogue, s.fma(v, w, b)));
             }
         }
     }

@@ -48,6 +48,11 @@ pub enum Epilogue {
 /// Checks sizes and returns `N`.
 fn check(x: &[f32], m: usize, k: usize, parts: &[Part<'_>], epilogue: Epilogue, y: &[f32]) -> Result<usize> {
     expect(OP, "x", &[m, k], x.len())?;
+    check_parts(m, k, parts, epilogue, y)
+}
+
+/// Checks all sizes but those of `x`, and returns `N`.
+fn check_parts(m: usize, k: usize, parts: &[Part<'_>], epilogue: Epilogue, y: &[f32]) -> Result<usize> {
     let mut n = 0usize;
     for part in parts {
         expect(OP, "weight", &[part.rows, k], part.weight.len())?;
@@ -90,15 +95,38 @@ pub fn linear(
     epilogue: Epilogue,
     y: &mut [f32],
 ) -> Result<()> {
-    let n = check(x, m, k, parts, epilogue, y)?;
+    expect(OP, "x", &[m, k], x.len())?;
+    linear_strided(cpu, x, k, [m, k], parts, epilogue, y)
+}
+
+/// As [`linear`], with rows of `x` that begin `stride` floats apart and may overlap: what a convolution over frames is.
+///
+/// # Errors
+/// As [`linear`].
+pub(super) fn linear_strided(
+    cpu: &Cpu,
+    x: &[f32],
+    stride: usize,
+    [m, k]: [usize; 2],
+    parts: &[Part<'_>],
+    epilogue: Epilogue,
+    y: &mut [f32],
+) -> Result<()> {
+    let needed = if m == 0 { 0 } else { super::count(OP, "x", &[m - 1, stride])?.saturating_add(k) };
+    if x.len() < needed {
+        return Err(Error::Size { op: OP, operand: "x", wanted: needed, found: x.len() });
+    }
+    let n = check_parts(m, k, parts, epilogue, y)?;
     if y.is_empty() {
         return Ok(());
     }
+    let x = &x[..needed];
     let kind = |part: &Part<'_>| match part.weight {
         Weight::Packed(packed) => Some(packed::Shape::of(cpu.isa(), packed)),
         _ => None,
     };
     let one_kind = parts.windows(2).all(|two| kind(&two[0]) == kind(&two[1]));
+    let x = (x, stride);
     let stride = y.len() / m;
     if one_kind {
         let shape = parts.first().and_then(kind);
@@ -107,7 +135,7 @@ pub fn linear(
     if epilogue == Epilogue::SwiGlu {
         // Gate and up do not meet in one chunk; they meet in memory.
         let mut both = AlignedF32::zeroed(m * n)?;
-        linear(cpu, x, m, k, parts, Epilogue::None, &mut both)?;
+        linear_strided(cpu, x.0, x.1, [m, k], parts, Epilogue::None, &mut both)?;
         let out = SharedMut::new(y);
         let both = &both[..];
         super::for_rows(cpu, m, n, &|range| {
@@ -152,10 +180,10 @@ impl Kernel for Gate<'_> {
 }
 
 /// Parts of one kind: all floating-point, or all packed and of one shape. `y` has rows of `stride` floats, of which
-/// these parts make those from `offset`.
+/// these parts make those from `offset`; rows of `x` begin `x_stride` floats apart.
 fn run(
     cpu: &Cpu,
-    x: &[f32],
+    (x, x_stride): (&[f32], usize),
     [m, k]: [usize; 2],
     parts: &[Part<'_>],
     n: usize,
@@ -179,9 +207,13 @@ fn run(
     let outputs = if swiglu { n / 2 } else { n };
     let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y, stride, offset, outputs };
     match shape {
-        Some(shape) => packed::linear(cpu, x, m, k, shape, &store)?,
+        Some(shape) => packed::linear(cpu, (x, x_stride), m, k, shape, &store)?,
+        None if few && x_stride != k => {
+            let packed: Vec<f32> = (0..m).flat_map(|i| &x[i * x_stride..][..k]).copied().collect();
+            gemv::gemv(cpu, &packed, m, &rows, &store);
+        }
         None if few => gemv::gemv(cpu, x, m, &rows, &store),
-        None => gemm(cpu, x, k, [m, k, rows.columns()], chunk, &rows, &store)?,
+        None => gemm(cpu, x, x_stride, [m, k, rows.columns()], chunk, &rows, &store)?,
     }
     Ok(())
 }

@@ -109,9 +109,10 @@ impl X {
 /// Quantises the rows `[first, first + rows)` of a tile.
 struct Quantise<'a> {
     x: &'a X,
-    /// Rows of `k`, `rows` of them.
+    /// `rows` rows of `k` that begin `stride` apart.
     values: &'a [f32],
     k: usize,
+    stride: usize,
     first: usize,
     rows: usize,
 }
@@ -119,10 +120,11 @@ struct Quantise<'a> {
 impl DotKernel for Quantise<'_> {
     #[inline(always)]
     fn run<D: Dots>(self, _: D) {
-        let Quantise { x, values, k, first, rows } = self;
+        let Quantise { x, values, k, stride, first, rows } = self;
         let (block, group) = (x.shape.block, x.shape.group);
         let range = x.shape.range.map(f32::from_bits);
-        for (i, row) in values.chunks_exact(k).enumerate() {
+        for i in 0..rows {
+            let row = &values[i * stride..][..k];
             for (b, part) in row.chunks(block).enumerate() {
                 let mut codes = [0i8; 128];
                 let scale = quantise(part, range, &mut codes);
@@ -864,10 +866,10 @@ pub(super) fn scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
     4 * scratch_of(cpu, shape, m, k, MAX_CHUNK).iter().sum::<usize>()
 }
 
-/// Multiplies `m` rows of `x` with parts that are packed and of one [`Shape`].
+/// Multiplies `m` rows of `x`, `x_stride` floats apart, with parts that are packed and of one [`Shape`].
 pub(super) fn linear(
     cpu: &Cpu,
-    x: &[f32],
+    (x, x_stride): (&[f32], usize),
     m: usize,
     k: usize,
     shape: Shape,
@@ -893,8 +895,8 @@ pub(super) fn linear(
         let quantised = X::new(shape, count, k, x_memory);
         cpu.parallel(cut.tiles, &|t| {
             let (start, rows) = cut.tile(t);
-            let values = &x[(first + start) * k..(first + start + rows) * k];
-            dot::run(isa, Quantise { x: &quantised, values, k, first: start, rows });
+            let values = &x[(first + start) * x_stride..][..(rows - 1) * x_stride + k];
+            dot::run(isa, Quantise { x: &quantised, values, k, stride: x_stride, first: start, rows });
         });
         if m == 1 {
             cpu.parallel(chunks, &|chunk| gemv(isa, &quantised, chunk * rows.chunk, store));

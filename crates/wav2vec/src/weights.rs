@@ -1,0 +1,299 @@
+//! The weights as the graph takes them: kernels with their taps before their channels, the weight norm of the
+//! positional convolution folded, matrices rounded to INT8 where that is wanted.
+
+use std::collections::HashMap;
+
+use pocketglm_checkpoint::{ExpectedTensor, NameRules};
+use pocketglm_graph::GraphBuilder;
+use pocketglm_quant::{Method, RowOptions, quantise_row};
+use pocketglm_tensor::{
+    Affine, Bytes, DType, Error, Group, Packed, Result, Tensor, TensorInfo, WeightSource,
+};
+
+use crate::{Trace, Wav2VecConfig, encoder};
+
+/// Scope of the encoder in a Wav2Vec2 checkpoint.
+pub(crate) const SCOPE: &str = "wav2vec2";
+
+/// Names of a checkpoint with a head, and of a bare encoder.
+pub(crate) const LAYOUTS: &[NameRules] = &[
+    NameRules { layout: "with a head", prefixes: &[("wav2vec2.", "wav2vec2."), ("lm_head.", "lm_head.")] },
+    NameRules {
+        layout: "bare",
+        prefixes: &[
+            ("feature_extractor.", "wav2vec2.feature_extractor."),
+            ("feature_projection.", "wav2vec2.feature_projection."),
+            ("encoder.", "wav2vec2.encoder."),
+            ("masked_spec_embed", "wav2vec2.masked_spec_embed"),
+        ],
+    },
+];
+
+/// Tensors of training that inference does not need.
+pub(crate) const IGNORED: &[&str] =
+    &["wav2vec2.masked_spec_embed", "quantizer.", "project_q.", "project_hid."];
+
+/// The name of convolution `i`'s kernel, in the encoder's scope.
+pub(crate) fn conv_name(i: usize) -> String {
+    format!("feature_extractor.conv_layers.{i}.conv.weight")
+}
+
+/// The name of the positional convolution's folded kernel, in the scope `encoder`.
+pub(crate) fn pos_conv_name() -> &'static str {
+    "pos_conv_embed.conv.weight"
+}
+
+/// The two spellings of weight norm: magnitude and direction.
+const SPELLINGS: [[&str; 2]; 2] =
+    [["weight_g", "weight_v"], ["parametrizations.weight.original0", "parametrizations.weight.original1"]];
+
+/// How matrices are kept in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As the checkpoint stores them.
+    #[default]
+    Stored,
+    /// Eight bits, a scale for each 128 numbers of a row; rounded while they are loaded. The first convolution, the
+    /// positional one and vectors stay as they are.
+    Int8,
+}
+
+const fn int8() -> DType {
+    match Affine::new(8, Group::G128, true) {
+        Some(affine) => DType::Affine(affine),
+        None => DType::F32,
+    }
+}
+
+/// What becomes of a tensor.
+#[derive(Clone, Copy)]
+enum Change {
+    /// `[o, c, k]` to `[o, k·c]`.
+    Turn,
+    /// Weight norm is folded, then as `Turn`.
+    Fold,
+    /// Only rounded.
+    Round,
+}
+
+/// A source that gives the encoder's weights as its graph takes them, and all others as they are.
+pub struct Prepared<W> {
+    source: W,
+    /// By canonical name: what is done, and the shape that results.
+    changes: HashMap<String, (Change, [usize; 2])>,
+    /// Scope of the positional convolution.
+    pos_conv: String,
+    stored_pos_conv: [usize; 3],
+    precision: Precision,
+}
+
+impl<W: WeightSource> Prepared<W> {
+    /// Prepares the encoder whose weights have the prefix `scope` in `source`.
+    pub fn new(source: W, scope: &str, config: &Wav2VecConfig, precision: Precision) -> Prepared<W> {
+        let mut changes = HashMap::new();
+        let mut channels = 1;
+        for (i, (&out, &kernel)) in config.conv_dim.iter().zip(&config.conv_kernel).enumerate() {
+            changes.insert(format!("{scope}.{}", conv_name(i)), (Change::Turn, [out, kernel * channels]));
+            channels = out;
+        }
+        let (h, k) = (config.hidden_size, config.num_conv_pos_embeddings);
+        let inner = h / config.num_conv_pos_embedding_groups;
+        let pos_conv = format!("{scope}.encoder.{}", pos_conv_name());
+        changes.insert(pos_conv.clone(), (Change::Fold, [h, k * inner]));
+        if precision == Precision::Int8 {
+            for info in source.tensors() {
+                let matrix = info.shape.len() == 2
+                    && info.dtype.is_float()
+                    && (info.name.starts_with(&format!("{scope}.")) || info.name == "lm_head.weight");
+                if matrix {
+                    changes.insert(info.name.clone(), (Change::Round, [info.shape[0], info.shape[1]]));
+                }
+            }
+        }
+        Prepared { source, changes, pos_conv, stored_pos_conv: [h, inner, k], precision }
+    }
+
+    /// The source below.
+    pub fn source(&self) -> &W {
+        &self.source
+    }
+
+    /// Magnitude and direction of the positional convolution, under the names that the source has.
+    fn weight_norm(&self) -> Option<[String; 2]> {
+        let prefix = self.pos_conv.strip_suffix("weight").unwrap_or(&self.pos_conv);
+        let names = SPELLINGS.map(|pair| pair.map(|name| format!("{prefix}{name}")));
+        names.into_iter().find(|[g, _]| self.source.info(g).is_some())
+    }
+
+    /// Whether a changed matrix is rounded: the first convolution is small, and grouped ones have no packed kernel.
+    fn rounds(&self, change: Change, [_, k]: [usize; 2]) -> bool {
+        self.precision == Precision::Int8 && !matches!(change, Change::Fold) && k >= 32
+    }
+
+    /// The changed matrix in f32.
+    fn changed(&self, name: &str, change: Change, shape: [usize; 2]) -> Result<Vec<f32>> {
+        let wrong = |found: &[usize]| Error::Source {
+            name: name.into(),
+            place: "the checkpoint".into(),
+            what: format!("has the shape {found:?}, expected one that makes {shape:?}"),
+        };
+        match change {
+            Change::Round => Ok(self.source.tensor(name)?.to_f32()?.into_owned()),
+            Change::Turn => {
+                let tensor = self.source.tensor(name)?;
+                match *tensor.shape() {
+                    [o, c, k] if o == shape[0] && c * k == shape[1] => Ok(turned(&tensor.to_f32()?, c, k)),
+                    _ => Err(wrong(tensor.shape())),
+                }
+            }
+            Change::Fold => {
+                let [h, inner, k] = self.stored_pos_conv;
+                let Some([g, v]) = self.weight_norm() else {
+                    // Already folded.
+                    let tensor = self.source.tensor(name)?;
+                    if tensor.shape() != self.stored_pos_conv {
+                        return Err(wrong(tensor.shape()));
+                    }
+                    return Ok(turned(&tensor.to_f32()?, inner, k));
+                };
+                let (g, v) = (self.source.tensor(&g)?, self.source.tensor(&v)?);
+                if g.shape() != [1, 1, k] || v.shape() != [h, inner, k] {
+                    return Err(wrong(v.shape()));
+                }
+                let mut kernel = v.to_f32()?.into_owned();
+                fold(&g.to_f32()?, &mut kernel);
+                Ok(turned(&kernel, inner, k))
+            }
+        }
+    }
+}
+
+/// `[o, c, k]` to `[o, k, c]`.
+fn turned(kernel: &[f32], c: usize, k: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(kernel.len());
+    for block in kernel.chunks_exact((c * k).max(1)) {
+        for tap in 0..k {
+            out.extend((0..c).map(|channel| block[channel * k + tap]));
+        }
+    }
+    out
+}
+
+/// Weight norm (Salimans & Kingma 2016) with one magnitude for each tap: `v[.., j] · g[j] / |v[.., j]|`.
+fn fold(g: &[f32], v: &mut [f32]) {
+    let k = g.len().max(1);
+    let mut squares = vec![0f64; k];
+    for taps in v.chunks_exact(k) {
+        for (sum, v) in squares.iter_mut().zip(taps) {
+            *sum += f64::from(*v) * f64::from(*v);
+        }
+    }
+    let factors: Vec<f32> = g.iter().zip(&squares).map(|(g, s)| (f64::from(*g) / s.sqrt()) as f32).collect();
+    for taps in v.chunks_exact_mut(k) {
+        for (v, factor) in taps.iter_mut().zip(&factors) {
+            *v *= factor;
+        }
+    }
+}
+
+impl<W: WeightSource> WeightSource for Prepared<W> {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        let mut infos: Vec<TensorInfo> =
+            self.source.tensors().into_iter().map(|t| self.info(&t.name).unwrap_or(t)).collect();
+        if self.weight_norm().is_some() {
+            infos.extend(self.info(&self.pos_conv));
+        }
+        infos
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let Some(&(change, shape)) = self.changes.get(name) else { return self.source.info(name) };
+        let stored = match (change, self.weight_norm()) {
+            (Change::Fold, Some([_, v])) => self.source.info(&v)?,
+            _ => self.source.info(name)?,
+        };
+        let wanted = match change {
+            Change::Fold => stored.shape == self.stored_pos_conv,
+            _ => stored.shape.iter().product::<usize>() == shape[0] * shape[1] && stored.shape[0] == shape[0],
+        };
+        // A kernel of another shape keeps it, so that the graph names it.
+        let shape_now = if wanted { shape.to_vec() } else { stored.shape };
+        let dtype = match change {
+            _ if !wanted => stored.dtype,
+            _ if self.rounds(change, shape) => int8(),
+            Change::Round => stored.dtype,
+            _ => DType::F32,
+        };
+        Some(TensorInfo { name: name.into(), dtype, shape: shape_now })
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        let Some(&(change, shape)) = self.changes.get(name) else { return self.source.tensor(name) };
+        if matches!(change, Change::Round) && !self.rounds(change, shape) {
+            return self.source.tensor(name);
+        }
+        let values = self.changed(name, change, shape)?;
+        if !self.rounds(change, shape) {
+            return Tensor::from_f32(&shape, &values);
+        }
+        let dtype = int8();
+        let options = RowOptions { method: Method::Round, importance: None };
+        let mut bytes = Vec::with_capacity(dtype.bytes(&shape).unwrap_or(0));
+        for row in values.chunks_exact(shape[1].max(1)) {
+            quantise_row(dtype, row, &options, &mut bytes).map_err(|e| Error::Source {
+                name: name.into(),
+                place: "the checkpoint".into(),
+                what: e.to_string(),
+            })?;
+        }
+        Tensor::new(dtype, &shape, Bytes::from(bytes))
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<Packed>> {
+        if self.changes.contains_key(name) { Ok(None) } else { self.source.packed(name) }
+    }
+}
+
+/// Every tensor that an encoder's checkpoint must have, under its stored shape, with the prefix `scope`.
+///
+/// `spelling` is a tensor source to look up which of the two spellings of weight norm it has.
+///
+/// # Errors
+/// Only those of building the graph.
+pub fn expected_tensors(
+    source: &dyn WeightSource,
+    scope: &str,
+    config: &Wav2VecConfig,
+) -> pocketglm_graph::Result<Vec<ExpectedTensor>> {
+    let mut g = GraphBuilder::assuming(DType::F32);
+    g.scoped(scope, |g| encoder(g, config, Trace::Off))?;
+    let pos_conv = format!("{scope}.encoder.{}", pos_conv_name());
+    let prefix = pos_conv.strip_suffix("weight").unwrap_or(&pos_conv).to_owned();
+    let (h, k) = (config.hidden_size, config.num_conv_pos_embeddings);
+    let kernel = vec![h, h / config.num_conv_pos_embedding_groups, k];
+    let tensor = |name: String, shape: Vec<usize>| ExpectedTensor { name, shape, optional: false };
+    let mut expected = Vec::new();
+    let mut channels = 1;
+    for info in g.finish().weights() {
+        let conv = (0..config.conv_dim.len()).find(|i| info.name == format!("{scope}.{}", conv_name(*i)));
+        if let Some(i) = conv {
+            expected.push(tensor(info.name, vec![config.conv_dim[i], channels, config.conv_kernel[i]]));
+            channels = config.conv_dim[i];
+        } else if info.name == pos_conv {
+            let found = SPELLINGS.iter().find(|[g, v]| {
+                source.info(&format!("{prefix}{g}")).is_some()
+                    || source.info(&format!("{prefix}{v}")).is_some()
+            });
+            if found.is_none() && source.info(&pos_conv).is_some() {
+                expected.push(tensor(info.name, kernel.clone()));
+                continue;
+            }
+            let [g, v] = found.unwrap_or(&SPELLINGS[0]);
+            expected.push(tensor(format!("{prefix}{g}"), vec![1, 1, k]));
+            expected.push(tensor(format!("{prefix}{v}"), kernel.clone()));
+        } else {
+            expected.push(tensor(info.name, info.shape));
+        }
+    }
+    Ok(expected)
+}
