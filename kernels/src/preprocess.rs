@@ -64,6 +64,12 @@ impl Variant {
         self
     }
 
+    /// Gives a `const NAME` of the file this value, a number with a fraction.
+    pub fn number(mut self, name: &'static str, value: f32) -> Variant {
+        self.defines.push((name, format!("{value:?}")));
+        self
+    }
+
     /// The file.
     pub fn file(&self) -> &'static str {
         self.file

@@ -1,8 +1,9 @@
 // y[i, :] = table[ids[i], :] for the ids of rows first .. first + rows, which are the part of the table that is bound.
 // One invocation an element of y. An id outside the table gives NaN, so that no one takes the result for one.
 const WG = 64u;
+const ZERO = 8.0;
 struct P { n: u32, c: u32, first: u32, rows: u32, total: u32, ids: u32, y: u32,
-           w_k: u32, w_kb: u32, w_groups: u32, w_shift: u32, w_factor: f32, w_zero: f32, table: u32 }
+           w_k: u32, w_kb: u32, w_groups: u32, w_shift: u32, w_factor: f32, table: u32 }
 @group(0) @binding(0) var<uniform> p: P;
 //#include "shared/weight.wgsl"
 @group(0) @binding(4) var<storage, read_write> ids: array<i32>;

@@ -1,7 +1,8 @@
 // state[at + t, head, :] = x[t, column + head * d ..]: one workgroup a head of a token. KV_F32 keeps the values,
-// KV_F16 rounds them to half precision, KV_INT8 to codes of largest / 127.
+// KV_F16 rounds them to half precision, KV_I8 to codes of largest / 127; there
+// a head is a word with its scale, then words of four codes.
 const WG = 64u;
-struct P { t: u32, kv_heads: u32, d: u32, at: u32, capacity: u32, x: u32, stride: u32 }
+struct P { t: u32, kv_heads: u32, d: u32, at: u32, x: u32, stride: u32 }
 @group(0) @binding(0) var<uniform> p: P;
 @group(0) @binding(1) var<storage, read_write> x: array<f32>;
 @group(0) @binding(2) var<storage, read_write> state: array<u32>;
@@ -25,7 +26,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     state[row * p.d / 2u + i] = pack2x16float(vec2<f32>(x[source + 2u * i], x[source + 2u * i + 1u]));
   }
 //#endif
-//#if KV_INT8
+//#if KV_I8
   var own = 0.0;
   for (var i = lane; i < p.d; i += WG) { own = max(own, abs(x[source + i])); }
   let scale = max_all(own, lane) / 127.0;
@@ -33,8 +34,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   for (var i = lane; i < p.d / 4u; i += WG) {
     let v = vec4<f32>(x[source + 4u * i], x[source + 4u * i + 1u], x[source + 4u * i + 2u], x[source + 4u * i + 3u]);
     let q = vec4<u32>(vec4<i32>(clamp(round(v * inverse), vec4<f32>(-127.0), vec4<f32>(127.0)))) & vec4<u32>(255u);
-    state[row * p.d / 4u + i] = q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
+    state[row * (p.d / 4u + 1u) + 1u + i] = q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
   }
-  if lane == 0u { state[p.capacity * p.kv_heads * p.d / 4u + row] = bitcast<u32>(scale); }
+  if lane == 0u { state[row * (p.d / 4u + 1u)] = bitcast<u32>(scale); }
 //#endif
 }

@@ -1,6 +1,6 @@
 // y[row, head, :] = the first rows of a cache as f32. One invocation an element.
 const WG = 64u;
-struct P { n: u32, kv_heads: u32, d: u32, capacity: u32, y: u32 }
+struct P { n: u32, kv_heads: u32, d: u32, y: u32, k: u32, k_stride: u32, v: u32, v_stride: u32 }
 @group(0) @binding(0) var<uniform> p: P;
 @group(0) @binding(1) var<storage, read_write> keys: array<u32>;
 @group(0) @binding(2) var<storage, read_write> values: array<u32>;

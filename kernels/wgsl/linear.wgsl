@@ -2,9 +2,10 @@
 // that is bound. A workgroup owns a tile of 32 x 32; each of its 64 invocations a square of 4 x 4. Weights and x pass
 // through workgroup memory in steps of 16 of k; sums are in f32. Runs everywhere: no subgroups, 4 KiB of memory.
 const WG = 64u;
+const ZERO = 8.0;
 const KIND = 0u;
 struct P { m: u32, rows: u32, k: u32, x: u32, y: u32, stride: u32, column: u32, bias: u32, residual: u32,
-           w_k: u32, w_kb: u32, w_groups: u32, w_shift: u32, w_factor: f32, w_zero: f32 }
+           w_k: u32, w_kb: u32, w_groups: u32, w_shift: u32, w_factor: f32 }
 @group(0) @binding(0) var<uniform> p: P;
 //#include "shared/weight.wgsl"
 @group(0) @binding(4) var<storage, read_write> x: array<f32>;

@@ -43,7 +43,10 @@ pub(crate) struct Device {
     pub queue: wgpu::Queue,
     pub info: GpuInfo,
     pub limits: wgpu::Limits,
-    pub features: wgpu::Features,
+    features: wgpu::Features,
+    /// Lanes of the smallest and the largest subgroup.
+    subgroup_sizes: [u32; 2],
+    vendor: u32,
     pub pipelines: Pipelines,
     faults: Arc<Faults>,
     /// Bytes of the buffers that are alive.
@@ -174,8 +177,32 @@ impl Device {
             };
             uncaptured.note(fault, error.to_string());
         }));
-        let pipelines = Pipelines::new(options.checked);
-        Ok(Device { device, queue, info, limits, features, pipelines, faults, allocated: Arc::default() })
+        let raw = adapter.get_info();
+        Ok(Device {
+            device,
+            queue,
+            info,
+            limits,
+            features,
+            subgroup_sizes: [raw.subgroup_min_size, raw.subgroup_max_size],
+            vendor: raw.vendor,
+            pipelines: Pipelines::new(options.checked),
+            faults,
+            allocated: Arc::default(),
+        })
+    }
+
+    /// Lanes of the smallest subgroup, where kernels may use subgroups.
+    pub fn subgroups(&self) -> Option<u32> {
+        let [least, _] = self.subgroup_sizes;
+        (self.features.contains(wgpu::Features::SUBGROUP) && least >= 8).then_some(least)
+    }
+
+    /// Whether kernels may use cooperative matrices: drivers of other vendors are known to offer emulated or broken ones.
+    pub fn cooperative(&self) -> bool {
+        const NVIDIA: u32 = 0x10de;
+        let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16;
+        self.vendor == NVIDIA && self.subgroup_sizes == [32, 32] && self.features.contains(wanted)
     }
 
     /// An error that names this device.

@@ -14,6 +14,7 @@
 
 mod backend;
 mod device;
+mod held;
 mod lower;
 mod options;
 mod pipelines;

@@ -71,19 +71,27 @@ fn scratch(node: &Node, inputs: &[Vec<usize>], outputs: &[Vec<usize>]) -> usize 
         }
         Op::Linear(l) => normed(&l.norm),
         Op::Qkv(q) => normed(&q.norm),
+        Op::Attention(a) if inputs[0][0] == 1 => {
+            a.heads * MOST_SPLITS * (a.head_dim.next_multiple_of(4) + 2) + 2 * ALIGN
+        }
         _ => 0,
     }
 }
+
+/// Most parts that the keys of a decode step are split into.
+pub(crate) const MOST_SPLITS: usize = 64;
 
 /// What is bound to one number of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Slot {
     /// Bytes of the arena.
     Arena { at: u64, bytes: u64 },
-    /// A vector or table in f32 that the program holds.
-    Vector(Value),
-    /// Array `which` (codes, scales, offsets) of part `part` of the matrix of a node.
-    Matrix { node: usize, part: usize, which: usize },
+    /// The vectors in f32 that the program holds, all of them.
+    Vectors,
+    /// A table in f32 that is too large to be among the vectors.
+    Table(Value),
+    /// Array `which` (codes, scales, minima) of part `part` of a matrix.
+    Matrix { key: usize, part: usize, which: usize },
     /// A state.
     State(usize),
 }
@@ -95,6 +103,8 @@ pub(crate) enum Word {
     F(f32),
     /// Known when a run begins.
     D(Dim),
+    /// A function of a size that is known when a run begins.
+    Of(Dim, fn(usize) -> usize),
 }
 
 impl From<usize> for Word {
@@ -125,8 +135,16 @@ pub(crate) struct Step {
     pub pipeline: Arc<Pipeline>,
     pub slots: Vec<(u32, Slot)>,
     pub words: Vec<Word>,
-    /// Workgroups.
-    pub groups: u64,
+    pub groups: Groups,
+}
+
+/// Workgroups of a dispatch.
+#[derive(Clone, Debug)]
+pub(crate) enum Groups {
+    /// So many, folded into two dimensions where they are too many for one.
+    Count(u64),
+    /// Columns, which may depend on a size that is known when a run begins, and rows.
+    Grid(Word, u32),
 }
 
 /// Everything of a run for one set of sizes.

@@ -1,23 +1,22 @@
 //! A compiled graph on the device.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pocketglm_graph::ops::Op;
 use pocketglm_graph::{
     Bindings, DeviceFault, Error, Graph, InputData, Inputs, Program, ProgramMemory, ProgramState, Result,
-    Running, Value, eval_shape, load_time_values,
+    Running, Value, eval_shape, passes,
 };
-use pocketglm_tensor::{Cpu, DType, KvFormat, WeightSource};
+use pocketglm_tensor::{Cpu, DType, WeightSource};
 
 use crate::backend::memory_of;
 use crate::device::{Buffer, Device};
-use crate::lower::{Held, Lowering};
-use crate::plan::{PARAMETERS, Places, Recipe, Slot, Step, Word};
+use crate::held::Held;
+use crate::lower::Lowering;
+use crate::plan::{Groups, PARAMETERS, Places, Recipe, Slot, Step, Word};
 use crate::readback::{Pending, Piece, Pool};
-use crate::state::{DeviceState, KvLayout, own, resized};
-use crate::weights::Matrix;
+use crate::state::{DeviceState, own, resized};
 
 /// Recipes kept: prefill chunk, its remainder, decode, and one to spare.
 const RECIPES: usize = 4;
@@ -58,7 +57,10 @@ impl WgpuProgram {
         graph: Graph,
         weights: &dyn WeightSource,
     ) -> Result<WgpuProgram> {
-        let held = hold(&device, cpu, &graph, weights)?;
+        let mut graph = graph;
+        // A dispatch saved; a graph that was not fused has nothing to join.
+        passes::apply("norm and residual into the layer behind", passes::fuse_norm_add_linear, &mut graph)?;
+        let held = Held::load(&device, cpu, &graph, weights)?;
         Ok(WgpuProgram {
             sized_by: graph.sized_by(),
             pool: Arc::default(),
@@ -137,13 +139,14 @@ impl WgpuProgram {
 
     fn buffer<'a>(&'a self, slot: &Slot, state: &'a DeviceState) -> Result<&'a Buffer> {
         let found = match *slot {
-            Slot::Vector(value) => self.held.vectors.get(&value),
+            Slot::Vectors => Some(&self.held.vectors),
+            Slot::Table(value) => self.held.large.get(&value),
             Slot::State(i) => state.buffers.get(i),
-            Slot::Matrix { node, part, which } => {
-                self.held.matrices.get(&node).and_then(|m| m.parts.get(part)).and_then(|p| match which {
+            Slot::Matrix { key, part, which } => {
+                self.held.matrices.get(key).and_then(|m| m.parts.get(part)).and_then(|p| match which {
                     0 => Some(&p.codes),
                     1 => p.scales.as_ref(),
-                    _ => p.offsets.as_ref(),
+                    _ => p.minima.as_ref(),
                 })
             }
             Slot::Arena { .. } => None,
@@ -282,12 +285,7 @@ impl WgpuProgram {
         let mut bytes = vec![0u8; stride * recipe.steps.len()];
         for (step, slot) in recipe.steps.iter().zip(bytes.chunks_exact_mut(stride)) {
             for (word, to) in step.words.iter().zip(slot.chunks_exact_mut(4)) {
-                let bits = match word {
-                    Word::U(n) => *n,
-                    Word::F(x) => x.to_bits(),
-                    Word::D(d) => u32::try_from(d.eval(bindings)?).unwrap_or(u32::MAX),
-                };
-                to.copy_from_slice(&bits.to_le_bytes());
+                to.copy_from_slice(&number(word, bindings)?.to_le_bytes());
             }
         }
         Ok(bytes)
@@ -327,6 +325,17 @@ impl WgpuProgram {
     }
 }
 
+/// A word as kernels get it.
+fn number(word: &Word, bindings: &Bindings) -> Result<u32> {
+    let size = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    Ok(match word {
+        Word::U(n) => *n,
+        Word::F(x) => x.to_bits(),
+        Word::D(d) => size(d.eval(bindings)?),
+        Word::Of(d, f) => size(f(d.eval(bindings)?)),
+    })
+}
+
 fn entry(binding: u32, buffer: &Buffer, offset: u64, size: u64) -> wgpu::BindGroupEntry<'_> {
     wgpu::BindGroupEntry {
         binding,
@@ -338,52 +347,16 @@ fn entry(binding: u32, buffer: &Buffer, offset: u64, size: u64) -> wgpu::BindGro
     }
 }
 
-/// A grid of `groups` workgroups that keeps to the limit of each dimension.
-fn grid(groups: u64) -> [u32; 3] {
-    if groups <= MOST_GROUPS {
-        return [groups as u32, 1, 1];
-    }
-    let x = 32_768u64;
-    [x as u32, groups.div_ceil(x).min(MOST_GROUPS) as u32, 1]
-}
-
-/// Brings weights, constants and load-time results to the device.
-fn hold(device: &Arc<Device>, cpu: &Arc<Cpu>, graph: &Graph, weights: &dyn WeightSource) -> Result<Held> {
-    let kept = graph.kept_as_stored();
-    let mut held = Held { matrices: HashMap::new(), vectors: HashMap::new(), states: Vec::new() };
-    for (value, output) in load_time_values(cpu, graph, weights)? {
-        held.vectors.insert(value, device.upload("load-time value", bytemuck::cast_slice(&output.values))?);
-    }
-    let mut used = vec![false; graph.nodes().len()];
-    for node in graph.nodes().iter().filter(|n| !n.load_time) {
-        node.inputs.iter().for_each(|v| used[v.node()] = true);
-    }
-    for (i, node) in graph.nodes().iter().enumerate() {
-        let value = Value::of(i, 0);
-        match &node.op {
-            Op::Weight(w) if used[i] && kept[i] => {
-                let &[rows, k] = w.shape.as_slice() else { continue };
-                held.matrices.insert(i, Matrix::load(device, cpu, weights, &w.name, w.dtype, [rows, k])?);
-            }
-            Op::Weight(w) if used[i] => {
-                let tensor = weights.tensor(&w.name)?;
-                let values = pocketglm_graph::widened_weight(&tensor, &w.name)?;
-                held.vectors.insert(value, device.upload(&w.name, bytemuck::cast_slice(&values))?);
-            }
-            Op::Constant(c) if used[i] => {
-                let values = c.tensor.to_f32()?;
-                held.vectors.insert(value, device.upload("constant", bytemuck::cast_slice(&values))?);
-            }
-            Op::State(s) => {
-                let meta = &node.outputs[0];
-                let side = |d: usize| meta.shape.get(d).and_then(|d| d.as_fixed()).unwrap_or(0);
-                let format = KvFormat::of(s.dtype).unwrap_or_default();
-                held.states.push((i, KvLayout::new(device, format, side(1), side(2))?));
-            }
-            _ => {}
+/// The grid of a dispatch, within the limit of each dimension.
+fn grid(groups: &Groups, bindings: &Bindings) -> Result<[u32; 3]> {
+    Ok(match groups {
+        Groups::Grid(columns, rows) => [number(columns, bindings)?, *rows, 1],
+        Groups::Count(count) if *count <= MOST_GROUPS => [*count as u32, 1, 1],
+        Groups::Count(count) => {
+            let x = 32_768u64;
+            [x as u32, count.div_ceil(x).min(MOST_GROUPS) as u32, 1]
         }
-    }
-    Ok(held)
+    })
 }
 
 impl Program for WgpuProgram {
@@ -470,13 +443,19 @@ impl Program for WgpuProgram {
         if !parameters.is_empty() {
             self.device.queue.write_buffer(&bound.parameters.raw, 0, &parameters);
         }
-        encode(&mut encoder, &recipe.steps, &bound.groups, &needed);
+        encode(&mut encoder, &recipe.steps, &bound.groups, &needed, &all)?;
         let pending = self.collect(&recipe, arena, own, wanted, encoder)?;
         Ok(Box::new(pending))
     }
 }
 
-fn encode(encoder: &mut wgpu::CommandEncoder, steps: &[Step], groups: &[wgpu::BindGroup], needed: &[bool]) {
+fn encode(
+    encoder: &mut wgpu::CommandEncoder,
+    steps: &[Step],
+    groups: &[wgpu::BindGroup],
+    needed: &[bool],
+    bindings: &Bindings,
+) -> Result<()> {
     let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
     let mut last: Option<*const wgpu::ComputePipeline> = None;
     for (step, group) in steps.iter().zip(groups).filter(|(s, _)| needed[s.node]) {
@@ -486,9 +465,10 @@ fn encode(encoder: &mut wgpu::CommandEncoder, steps: &[Step], groups: &[wgpu::Bi
             last = Some(this);
         }
         pass.set_bind_group(0, group, &[]);
-        let [x, y, z] = grid(step.groups);
+        let [x, y, z] = grid(&step.groups, bindings)?;
         pass.dispatch_workgroups(x, y, z);
     }
+    Ok(())
 }
 
 impl WgpuProgram {

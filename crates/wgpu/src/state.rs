@@ -5,7 +5,7 @@ use pocketglm_tensor::KvFormat;
 
 use crate::device::{Buffer, Device};
 
-/// How a cache lies in its buffer: all codes, then all scales.
+/// How a cache lies in its buffer: rows of heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KvLayout {
     pub format: KvFormat,
@@ -31,23 +31,18 @@ impl KvLayout {
         Ok(KvLayout { format, heads, d })
     }
 
-    /// Bytes of the codes of a row.
+    /// Bytes of a row: in int8 a head is a word with its scale, then its codes.
     fn row(&self) -> u64 {
-        let bits = match self.format {
-            KvFormat::F32 => 32,
-            KvFormat::F16 => 16,
-            _ => 8,
+        let head = match self.format {
+            KvFormat::F32 => self.d * 4,
+            KvFormat::F16 => self.d * 2,
+            _ => self.d + 4,
         };
-        (self.heads * self.d) as u64 * bits / 8
-    }
-
-    /// Bytes of the scales of a row.
-    fn scales(&self) -> u64 {
-        if self.format == KvFormat::Int8 { self.heads as u64 * 4 } else { 0 }
+        (self.heads * head) as u64
     }
 
     pub fn bytes(&self, capacity: usize) -> u64 {
-        capacity as u64 * (self.row() + self.scales())
+        capacity as u64 * self.row()
     }
 
     /// Names the format for kernels.
@@ -55,7 +50,7 @@ impl KvLayout {
         match self.format {
             KvFormat::F32 => "KV_F32",
             KvFormat::F16 => "KV_F16",
-            _ => "KV_INT8",
+            _ => "KV_I8",
         }
     }
 }
@@ -89,15 +84,11 @@ pub(crate) fn resized(
 ) -> Result<Buffer> {
     let buffer = device.storage("keys and values", layout.bytes(capacity))?;
     if let Some((from, old_capacity)) = old {
-        let rows = old_capacity.min(capacity) as u64;
+        let bytes = old_capacity.min(capacity) as u64 * layout.row();
         let mut encoder = device.device.create_command_encoder(&Default::default());
-        let mut copy = |from_at: u64, to_at: u64, bytes: u64| {
-            if bytes > 0 {
-                encoder.copy_buffer_to_buffer(&from.raw, from_at, &buffer.raw, to_at, bytes);
-            }
-        };
-        copy(0, 0, rows * layout.row());
-        copy(old_capacity as u64 * layout.row(), capacity as u64 * layout.row(), rows * layout.scales());
+        if bytes > 0 {
+            encoder.copy_buffer_to_buffer(&from.raw, 0, &buffer.raw, 0, bytes);
+        }
         let index = device.submit(encoder)?;
         // The old buffer is destroyed when it is dropped, so the copy must have ended.
         device.wait(index)?;

@@ -4,8 +4,9 @@
 //! in order and signed; of 4 bits eight to a word, the first four in the lower halves of its bytes; of 2 bits sixteen to a
 //! word, four bytes of one pair of bits after the other. So that four values that follow one another are four bytes of
 //! one masked word, which is what packed byte products take. Scales in half precision times a power of two for the
-//! whole matrix, and, where the format has them, zero points or minima likewise. Formats of 3 bits take 4 there, those of
-//! 5 and 6 bits, and those whose codes are places in a table, take 8.
+//! whole matrix, and, where groups have a zero point or a minimum, minima likewise. Formats of 3 bits take 4 there, those of
+//! 5 and 6 bits, and those whose codes are places in a table, take 8. Scales that are products, and minima, are rounded to
+//! half precision: a weight moves by at most 2^-11 of its group's range. Rows of every type are padded to whole blocks.
 
 use half::f16;
 use pocketglm_graph::{DeviceFault, Error, Result};
@@ -22,8 +23,6 @@ use crate::device::{Buffer, Device};
 const BLOCK: usize = 32;
 /// Rows that are taken apart before they go to the device.
 const ROWS_AT_ONCE: usize = 256;
-/// Bytes of a matrix that is used as stored that go to the device at once; then the file's pages may leave memory.
-const STEP: usize = 16 << 20;
 
 /// Element types on the device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,28 +35,27 @@ pub(crate) enum Kind {
     Q2,
 }
 
-/// What stands beside the scales of a quantised matrix.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Offsets {
-    /// Nothing: `w = s (q - zero)`.
-    None,
-    /// A zero point for each group: `w = s (q - z)`.
-    Zeros,
-    /// A minimum for each group: `w = s q + m`.
-    Minima,
+impl Kind {
+    /// The code of zero in formats without minima.
+    fn zero(self) -> i32 {
+        match self {
+            Kind::Q4 => 8,
+            Kind::Q2 => 2,
+            _ => 0,
+        }
+    }
 }
 
-/// A format as the kernels know it.
-#[derive(Clone, Copy, PartialEq, Debug)]
+/// A format as the kernels know it: `w = s (q - zero)`, where the zero is the kind's, or `w = s q + m` with minima.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Form {
     pub kind: Kind,
     /// Values that share a scale; 0 for a whole row.
     pub group: usize,
-    pub offsets: Offsets,
-    /// The code of zero where all groups share it.
-    pub zero: f32,
-    /// Subtracted from a code of the checkpoint's format before it is stored.
-    minus: i32,
+    /// Whether each group has a minimum.
+    pub minima: bool,
+    /// Added to a code of the checkpoint's format before it is stored.
+    plus: i32,
     /// Whether codes are places in the table of IQ4.
     table: bool,
 }
@@ -65,7 +63,7 @@ pub(crate) struct Form {
 impl Form {
     /// The form that a type takes on the device.
     pub fn of(dtype: DType) -> Option<Form> {
-        let plain = |kind| Form { kind, group: 0, offsets: Offsets::None, zero: 0.0, minus: 0, table: false };
+        let plain = |kind| Form { kind, group: 0, minima: false, plus: 0, table: false };
         match dtype {
             DType::F32 => return Some(plain(Kind::F32)),
             DType::F16 => return Some(plain(Kind::F16)),
@@ -83,14 +81,12 @@ impl Form {
         };
         let mut form = Form { group: format.group, ..plain(kind) };
         match format.zero {
-            // Signed codes around zero.
-            ZeroKind::Fixed(zero) if kind == Kind::Q8 => form.minus = i32::from(zero),
-            ZeroKind::Fixed(zero) => form.zero = f32::from(zero),
+            ZeroKind::Fixed(zero) => form.plus = kind.zero() - i32::from(zero),
             ZeroKind::Codes => {
-                form.offsets = Offsets::Zeros;
-                form.minus = if kind == Kind::Q8 { 128 } else { 0 };
+                form.minima = true;
+                form.plus = if kind == Kind::Q8 { -128 } else { 0 };
             }
-            ZeroKind::Minima => form.offsets = Offsets::Minima,
+            ZeroKind::Minima => form.minima = true,
         }
         Some(form)
     }
@@ -101,19 +97,25 @@ impl Form {
 
     /// Adds what a kernel must know of the format.
     pub fn define(&self, variant: Variant) -> Variant {
-        let variant = match self.kind {
-            Kind::F32 => return variant.flag("W_F32"),
-            Kind::F16 => return variant.flag("W_F16"),
-            Kind::BF16 => return variant.flag("W_BF16"),
-            Kind::Q8 => variant.flag("W_Q8"),
-            Kind::Q4 => variant.flag("W_Q4"),
-            Kind::Q2 => variant.flag("W_Q2"),
-        };
-        variant
-            .flag("W_QUANT")
-            .flag_if(self.group == 16, "W_GROUP16")
-            .flag_if(self.offsets != Offsets::None, "W_OFFSETS")
-            .flag_if(self.offsets == Offsets::Minima, "W_MINIMA")
+        match self.kind {
+            Kind::F32 => variant.flag("W_F32"),
+            Kind::F16 => variant.flag("W_HALF").flag("W_F16"),
+            Kind::BF16 => variant.flag("W_HALF").flag("W_BF16"),
+            kind => variant
+                .flag_if(kind == Kind::Q8, "BITS8")
+                .flag_if(kind == Kind::Q2, "BITS2")
+                .flag_if(self.group == 16, "GROUP16")
+                .flag_if(self.minima, "ASYM"),
+        }
+    }
+
+    /// The same for kernels that read single values and have their zero as a constant.
+    pub fn define_zero(&self, variant: Variant) -> Variant {
+        let variant = self.define(variant);
+        if !self.is_quantised() {
+            return variant;
+        }
+        variant.number("ZERO", if self.minima { 0.0 } else { self.kind.zero() as f32 })
     }
 
     fn bits(&self) -> u64 {
@@ -146,13 +148,12 @@ impl Form {
     }
 
     fn row_bytes(&self, k: usize) -> u64 {
-        let values = if self.is_quantised() { self.blocks(k) * BLOCK } else { k };
-        values as u64 * self.bits() / 8
+        (self.blocks(k) * BLOCK) as u64 * self.bits() / 8
     }
 
     /// Bytes of a matrix on the device.
     pub fn bytes(&self, rows: usize, k: usize) -> u64 {
-        let arrays = if self.offsets == Offsets::None { 1 } else { 2 };
+        let arrays = if self.minima { 2 } else { 1 };
         rows as u64 * (self.row_bytes(k) + arrays * self.groups(k) as u64 * 2)
     }
 }
@@ -163,13 +164,12 @@ pub(crate) struct Part {
     pub rows: usize,
     pub codes: Buffer,
     pub scales: Option<Buffer>,
-    pub offsets: Option<Buffer>,
+    pub minima: Option<Buffer>,
 }
 
 /// A matrix on the device.
 pub(crate) struct Matrix {
     pub form: Form,
-    pub rows: usize,
     pub k: usize,
     /// Power of two that all scales and minima are multiplied with.
     pub factor: f32,
@@ -190,103 +190,110 @@ fn part_rows(device: &Device, form: &Form, rows: usize, k: usize) -> Result<usiz
     Ok(fit.min(rows.max(1)))
 }
 
+/// One matrix of the source: its name and its rows. Several of one form may be brought to the device as one.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Piece<'n> {
+    pub name: &'n str,
+    pub dtype: DType,
+    pub rows: usize,
+}
+
 impl Matrix {
-    /// Brings a matrix of the source to the device.
+    /// Brings matrices of the source to the device as one, the rows of one behind those of the other.
     pub fn load(
         device: &Device,
         cpu: &Cpu,
         weights: &dyn WeightSource,
-        name: &str,
-        dtype: DType,
-        [rows, k]: [usize; 2],
+        pieces: &[Piece<'_>],
+        k: usize,
     ) -> Result<Matrix> {
-        let form = Form::of(dtype).ok_or_else(|| {
+        let Some(first) = pieces.first() else {
+            return Err(device.error(DeviceFault::Unsupported, "a matrix without rows"));
+        };
+        let form = Form::of(first.dtype).ok_or_else(|| {
             device.error(
                 DeviceFault::Unsupported,
-                format!("tensor `{name}` of type {dtype} has no form on a GPU"),
+                format!("tensor `{}` of type {} has no form on a GPU", first.name, first.dtype),
             )
         })?;
-        if form.is_quantised() {
-            return Matrix::quantised(device, cpu, weights, (name, dtype, form), [rows, k]);
-        }
-        let tensor = weights.tensor(name)?;
-        let matrix = Matrix::stored(device, name, form, [rows, k], &tensor)?;
-        tensor.shared_bytes().release();
-        Ok(matrix)
-    }
-
-    fn stored(
-        device: &Device,
-        name: &str,
-        form: Form,
-        [rows, k]: [usize; 2],
-        tensor: &Tensor,
-    ) -> Result<Matrix> {
-        let row = form.row_bytes(k) as usize;
-        let step = part_rows(device, &form, rows, k)?;
-        let mut parts = Vec::new();
-        for first in (0..rows).step_by(step) {
-            let count = step.min(rows - first);
-            let bytes = tensor.bytes().get(first * row..(first + count) * row).unwrap_or(&[]);
-            let codes = device.storage(name, (count * row) as u64)?;
-            for (i, piece) in bytes.chunks(STEP).enumerate() {
-                device.write(&codes, (i * STEP) as u64, piece)?;
-                let from = first * row + i * STEP;
-                tensor.shared_bytes().slice(from..from + piece.len()).iter().for_each(|b| b.release());
-            }
-            parts.push(Part { first, rows: count, codes, scales: None, offsets: None });
-        }
-        Ok(Matrix { form, rows, k, factor: 1.0, parts })
-    }
-
-    fn quantised(
-        device: &Device,
-        cpu: &Cpu,
-        weights: &dyn WeightSource,
-        (name, dtype, form): (&str, DType, Form),
-        [rows, k]: [usize; 2],
-    ) -> Result<Matrix> {
-        let source = Rows::open(device, weights, name, dtype, k)?;
-        let step = part_rows(device, &form, rows, k)?;
+        let rows: usize = pieces.iter().map(|p| p.rows).sum();
         let row_bytes = form.row_bytes(k) as usize;
         let groups = form.groups(k);
-        let mut scales = AlignedF32::zeroed(rows * groups)?;
-        let mut offsets = AlignedF32::zeroed(if form.offsets == Offsets::None { 0 } else { rows * groups })?;
-        let mut buffers = Vec::new();
-        for first in (0..rows).step_by(step) {
-            let count = step.min(rows - first);
-            let codes = device.storage(name, (count * row_bytes) as u64)?;
-            for at in (first..first + count).step_by(ROWS_AT_ONCE) {
-                let these = ROWS_AT_ONCE.min(first + count - at);
-                let bytes = source.codes(cpu, &form, at, these, [&mut scales, &mut offsets])?;
-                device.write(&codes, ((at - first) * row_bytes) as u64, &bytes)?;
-            }
-            // What was written waits on the host until the device takes it.
-            let index = device.queue.submit([]);
-            device.wait(index)?;
-            buffers.push((first, count, codes));
-        }
-        source.release();
-        let factor = factor(&scales);
-        let halves = |values: &[f32], by: f32| -> Vec<u8> {
-            values.iter().flat_map(|v| f16::from_f32(v * by).to_le_bytes()).collect()
+        let mut loading = Loading {
+            device,
+            name: first.name,
+            row_bytes,
+            step: part_rows(device, &form, rows, k)?,
+            rows,
+            done: 0,
+            parts: Vec::new(),
         };
-        let by = if form.offsets == Offsets::Minima { 1.0 / factor } else { 1.0 };
-        let mut parts = Vec::new();
-        for (first, count, codes) in buffers {
-            let range = first * groups..(first + count) * groups;
-            let part_scales = halves(scales.get(range.clone()).unwrap_or(&[]), 1.0 / factor);
-            let part_offsets = offsets.get(range).map(|v| halves(v, by));
-            let part_offsets = part_offsets.filter(|_| form.offsets != Offsets::None);
-            parts.push(Part {
-                first,
-                rows: count,
-                codes,
-                scales: Some(device.upload(name, &part_scales)?),
-                offsets: part_offsets.map(|v| device.upload(name, &v)).transpose()?,
-            });
+        let mut scales = AlignedF32::zeroed(rows * groups)?;
+        let mut minima = AlignedF32::zeroed(if form.minima { rows * groups } else { 0 })?;
+        let mut before = 0;
+        for piece in pieces {
+            let source = Rows::open(device, weights, piece, &form, k)?;
+            for at in (0..piece.rows).step_by(ROWS_AT_ONCE) {
+                let count = ROWS_AT_ONCE.min(piece.rows - at);
+                let bytes = source.codes(cpu, &form, k, at, count, before, [&mut scales, &mut minima])?;
+                loading.push(&bytes)?;
+                source.release(at, count);
+            }
+            before += piece.rows;
         }
-        Ok(Matrix { form, rows, k, factor, parts })
+        loading.flush()?;
+        let factor = factor(&scales);
+        let halves = |values: Option<&[f32]>| -> Vec<u8> {
+            values.unwrap_or(&[]).iter().flat_map(|v| f16::from_f32(v / factor).to_le_bytes()).collect()
+        };
+        let mut parts = Vec::new();
+        for (first_row, count, codes) in loading.parts {
+            let range = first_row * groups..(first_row + count) * groups;
+            let upload = |values: &AlignedF32| device.upload(first.name, &halves(values.get(range.clone())));
+            let scales = form.is_quantised().then(|| upload(&scales)).transpose()?;
+            let minima = form.minima.then(|| upload(&minima)).transpose()?;
+            parts.push(Part { first: first_row, rows: count, codes, scales, minima });
+        }
+        Ok(Matrix { form, k, factor, parts })
+    }
+}
+
+/// Codes on their way into the buffers of the parts.
+struct Loading<'d> {
+    device: &'d Device,
+    name: &'d str,
+    row_bytes: usize,
+    /// Rows of a part, and of all.
+    step: usize,
+    rows: usize,
+    done: usize,
+    parts: Vec<(usize, usize, Buffer)>,
+}
+
+impl Loading<'_> {
+    /// Appends rows.
+    fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            if self.done.is_multiple_of(self.step) {
+                self.flush()?;
+                let count = self.step.min(self.rows - self.done);
+                let buffer = self.device.storage(self.name, (count * self.row_bytes) as u64)?;
+                self.parts.push((self.done, count, buffer));
+            }
+            let Some((first, count, buffer)) = self.parts.last() else { return Ok(()) };
+            let room = (first + count - self.done) * self.row_bytes;
+            let (now, rest) = bytes.split_at(room.min(bytes.len()));
+            self.device.write(buffer, ((self.done - first) * self.row_bytes) as u64, now)?;
+            self.done += now.len() / self.row_bytes.max(1);
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// What was written waits on the host until the device has taken it.
+    fn flush(&self) -> Result<()> {
+        let index = self.device.queue.submit([]);
+        self.device.wait(index)
     }
 }
 
@@ -296,66 +303,83 @@ fn factor(scales: &[f32]) -> f32 {
     if most > 0.0 && most.is_finite() { most.log2().floor().clamp(-100.0, 100.0).exp2() } else { 1.0 }
 }
 
-/// Where the rows of a quantised matrix come from.
+/// Where the rows of a matrix come from.
 enum Rows<'a> {
     Packed(Packed),
-    Stored { tensor: Tensor, dtype: DType, k: usize, row_bytes: usize, name: &'a str },
+    Stored { tensor: Tensor, dtype: DType, row_bytes: usize, name: &'a str },
 }
 
 impl<'a> Rows<'a> {
     fn open(
         device: &Device,
         weights: &dyn WeightSource,
-        name: &'a str,
-        dtype: DType,
+        piece: &Piece<'a>,
+        form: &Form,
         k: usize,
     ) -> Result<Rows<'a>> {
-        if let Some(packed) = weights.packed(name)? {
+        let (name, dtype) = (piece.name, piece.dtype);
+        if form.is_quantised()
+            && let Some(packed) = weights.packed(name)?
+        {
             return Ok(Rows::Packed(packed));
         }
         let row_bytes = dtype.row_bytes(k).ok_or_else(|| {
             device.error(DeviceFault::Unsupported, format!("tensor `{name}`: rows of {k} values of {dtype}"))
         })?;
-        Ok(Rows::Stored { tensor: weights.tensor(name)?, dtype, k, row_bytes, name })
+        Ok(Rows::Stored { tensor: weights.tensor(name)?, dtype, row_bytes, name })
     }
 
-    /// Codes of `count` rows from row `at` on as the device has them; their scales and offsets go to the matrix's.
+    /// `count` rows from row `at` on as the device has them; their scales and minima go to the matrix's, which has
+    /// `before` rows in front of these.
     fn codes(
         &self,
         cpu: &Cpu,
         form: &Form,
+        k: usize,
         at: usize,
         count: usize,
-        [scales, offsets]: [&mut AlignedF32; 2],
+        before: usize,
+        [scales, minima]: [&mut AlignedF32; 2],
     ) -> Result<Vec<u8>> {
-        let k = match self {
-            Rows::Packed(p) => p.k(),
-            Rows::Stored { k, .. } => *k,
-        };
         let (row_bytes, groups) = (form.row_bytes(k) as usize, form.groups(k));
         let mut bytes = vec![0u8; count * row_bytes];
-        let scales = &mut scales[at * groups..(at + count) * groups];
+        if let (false, Rows::Stored { tensor, row_bytes: stored, .. }) = (form.is_quantised(), self) {
+            let from = tensor.bytes().get(at * stored..(at + count) * stored).unwrap_or(&[]);
+            for (to, from) in
+                bytes.chunks_exact_mut(row_bytes.max(1)).zip(from.chunks_exact((*stored).max(1)))
+            {
+                to[..from.len()].copy_from_slice(from);
+            }
+            return Ok(bytes);
+        }
+        let range = (before + at) * groups..(before + at + count) * groups;
+        let scales = scales.get_mut(range.clone()).unwrap_or(&mut []);
         let mut none = vec![0.0; count * groups];
-        let offsets = offsets.get_mut(at * groups..(at + count) * groups).unwrap_or(&mut none);
+        let minima = minima.get_mut(range).unwrap_or(&mut none);
         type Row<'r> = Mutex<(&'r mut [u8], &'r mut [f32], &'r mut [f32])>;
         let targets: Vec<Row<'_>> = bytes
             .chunks_exact_mut(row_bytes.max(1))
             .zip(scales.chunks_exact_mut(groups.max(1)))
-            .zip(offsets.chunks_exact_mut(groups.max(1)))
+            .zip(minima.chunks_exact_mut(groups.max(1)))
             .map(|((b, s), o)| Mutex::new((b, s, o)))
             .collect();
         let failed = Mutex::new(None);
         cpu.parallel(targets.len(), &|i| {
             let mut row = RowCodes::default();
-            if let Err(error) = self.row(at + i, &mut row) {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                return;
-            }
             // Each row is one task's; the lock is never contended.
             let mut target = targets[i].lock().unwrap_or_else(PoisonError::into_inner);
-            let (bytes, scales, offsets) = &mut *target;
-            write_codes(form, &row.codes, bytes);
-            self.scales(form, &row, scales, offsets);
+            let (bytes, scales, minima) = &mut *target;
+            let taken = self.row(at + i, k, &mut row).and_then(|()| {
+                write_codes(form, &row.codes, bytes);
+                self.scales(form, &row, scales, minima);
+                match scales.iter().chain(minima.iter()).find(|v| !v.is_finite()) {
+                    None => Ok(()),
+                    Some(v) => Err(self.not_finite(at + i, *v)),
+                }
+            });
+            if let Err(error) = taken {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
         });
         drop(targets);
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -364,16 +388,29 @@ impl<'a> Rows<'a> {
         }
     }
 
-    fn row(&self, row: usize, codes: &mut RowCodes) -> Result<()> {
+    fn not_finite(&self, row: usize, value: f32) -> Error {
+        let name = match self {
+            Rows::Packed(_) => "a packed matrix",
+            Rows::Stored { name, .. } => name,
+        };
+        pocketglm_tensor::Error::Source {
+            name: name.into(),
+            place: "the checkpoint".into(),
+            what: format!("row {row} has the scale {value}, expected a finite number"),
+        }
+        .into()
+    }
+
+    fn row(&self, row: usize, k: usize, codes: &mut RowCodes) -> Result<()> {
         match self {
             Rows::Packed(packed) => packed.row_codes(row, codes).ok_or_else(|| Error::Name {
                 kind: "weight",
                 name: "packed".into(),
                 what: format!("has no row {row}"),
             }),
-            Rows::Stored { tensor, dtype, k, row_bytes, name } => {
+            Rows::Stored { tensor, dtype, row_bytes, name } => {
                 let stored = tensor.bytes().get(row * row_bytes..(row + 1) * row_bytes).unwrap_or(&[]);
-                pocketglm_quant::take_apart(*dtype, stored, *k, codes).map_err(|source| Error::Quantised {
+                pocketglm_quant::take_apart(*dtype, stored, k, codes).map_err(|source| Error::Quantised {
                     name: (*name).into(),
                     row,
                     source,
@@ -389,8 +426,8 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Scale and offset of each group as numbers.
-    fn scales(&self, form: &Form, row: &RowCodes, scales: &mut [f32], offsets: &mut [f32]) {
+    /// Scale and minimum of each group as numbers.
+    fn scales(&self, form: &Form, row: &RowCodes, scales: &mut [f32], minima: &mut [f32]) {
         let Some(format) = self.format() else { return };
         let number = |bits: u16| match format.scale {
             ScaleKind::BF16 => f32::from_bits(u32::from(bits) << 16),
@@ -398,7 +435,7 @@ impl<'a> Rows<'a> {
         };
         // Groups that share a nested scale: those of 256 values.
         let nested = if format.scale == ScaleKind::Nested { 256 / format.group.max(1) } else { 1 };
-        for (g, scale) in scales.iter_mut().enumerate() {
+        for (g, (scale, minimum)) in scales.iter_mut().zip(minima).enumerate() {
             let at = g / nested;
             let of = |values: &[u16]| values.get(at).copied().map_or(0.0, number);
             *scale = of(&row.scales);
@@ -406,18 +443,21 @@ impl<'a> Rows<'a> {
                 *scale *= row.sub_scales.get(g).map_or(0.0, |&s| f32::from(s as i8));
             }
             let sub = row.sub_minima.get(g).map_or(0.0, |&m| f32::from(m));
-            offsets[g] = match form.offsets {
-                Offsets::None => 0.0,
-                Offsets::Zeros => sub - form.minus as f32,
-                Offsets::Minima if nested > 1 => -of(&row.minima) * sub,
-                Offsets::Minima => of(&row.minima),
+            *minimum = match format.zero {
+                ZeroKind::Fixed(_) => 0.0,
+                // A code that is stored as q + plus stands for s (q + plus - (z + plus)).
+                ZeroKind::Codes => -*scale * (sub + form.plus as f32),
+                ZeroKind::Minima if nested > 1 => -of(&row.minima) * sub,
+                ZeroKind::Minima => of(&row.minima),
             };
         }
     }
 
-    fn release(&self) {
-        if let Rows::Stored { tensor, .. } = self {
-            tensor.shared_bytes().release();
+    /// Pages of a mapped file that are done with may leave memory.
+    fn release(&self, at: usize, count: usize) {
+        if let Rows::Stored { tensor, row_bytes, .. } = self {
+            let part = tensor.shared_bytes().slice(at * row_bytes..(at + count) * row_bytes);
+            part.iter().for_each(|b| b.release());
         }
     }
 }
@@ -427,7 +467,7 @@ fn write_codes(form: &Form, codes: &[u8], out: &mut [u8]) {
     let value = |code: u8| {
         let code =
             if form.table { i32::from(IQ4_TABLE[usize::from(code & 15)]) - 128 } else { i32::from(code) };
-        (code - form.minus) as u8
+        (code + form.plus) as u8
     };
     let (block_bytes, per_word) = match form.kind {
         Kind::Q8 => (32, 4),

@@ -51,21 +51,70 @@ pub enum LinearNorm {
     Rms(f32),
     /// LayerNorm with this epsilon; two operands, weight and bias.
     Layer(f32),
+    /// RMSNorm of `h = x + RMSNorm(y; w)`, and `h` is a result too; three operands, `y`, `w` and the outer norm's
+    /// weight.
+    AddRms {
+        /// Epsilon of the norm inside.
+        inner: f32,
+        /// Epsilon of the norm outside.
+        outer: f32,
+    },
 }
 
 impl LinearNorm {
     /// Operands that the norm takes besides x.
-    pub(crate) fn operands(norm: Option<LinearNorm>) -> usize {
+    pub fn operands(norm: Option<LinearNorm>) -> usize {
         match norm {
             None => 0,
             Some(LinearNorm::Rms(_)) => 1,
             Some(LinearNorm::Layer(_)) => 2,
+            Some(LinearNorm::AddRms { .. }) => 3,
         }
+    }
+
+    /// Whether the sum that is normed is a result.
+    pub fn adds(norm: Option<LinearNorm>) -> bool {
+        matches!(norm, Some(LinearNorm::AddRms { .. }))
+    }
+
+    /// Whether the operands of the norm fit `x`, which is the first of `inputs`.
+    pub(crate) fn fits(norm: Option<LinearNorm>, inputs: &[Meta]) -> bool {
+        let Some(k) = inputs[0].shape.last() else { return false };
+        let vectors = match norm {
+            Some(LinearNorm::AddRms { .. }) if inputs[1].shape != inputs[0].shape => return false,
+            Some(LinearNorm::AddRms { .. }) => &inputs[2..4],
+            norm => &inputs[1..1 + LinearNorm::operands(norm)],
+        };
+        vectors.iter().all(|m| m.shape.as_slice() == std::slice::from_ref(k))
+    }
+
+    /// Norms the rows of a call's first operand into `scratch`, where there is a norm, and gives the rows to multiply.
+    pub(crate) fn apply<'s, 'a: 's>(
+        norm: Option<LinearNorm>,
+        op: &'static str,
+        call: &mut Call<'a, '_>,
+        scratch: &'s mut [f32],
+    ) -> Result<&'s [f32]> {
+        let (cpu, x) = (call.cpu, call.f32(op, 0)?);
+        match norm {
+            None => return Ok(x),
+            Some(LinearNorm::Rms(eps)) => kernels::rms_norm(cpu, x, call.f32(op, 1)?, eps, scratch)?,
+            Some(LinearNorm::Layer(eps)) => {
+                kernels::layer_norm(cpu, x, call.f32(op, 1)?, call.f32(op, 2)?, eps, scratch)?;
+            }
+            Some(LinearNorm::AddRms { inner, outer }) => {
+                let (y, w, weight) = (call.f32(op, 1)?, call.f32(op, 2)?, call.f32(op, 3)?);
+                let h = call.output(op, 1)?;
+                kernels::norm_add(cpu, x, y, w, inner, h)?;
+                kernels::rms_norm(cpu, h, weight, outer, scratch)?;
+            }
+        }
+        Ok(scratch)
     }
 }
 
 /// Operands: `x [.., k]`, the norm's, then for each part `weight [n_i, k]` and, where it has one, `bias [n_i]`,
-/// then the residual `[.., n]` where there is one.
+/// then the residual `[.., n]` where there is one. Results: `[.., n]`, and the normed sum where the norm adds.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// One entry for each weight: whether it has a bias.
@@ -85,7 +134,7 @@ impl Linear {
     }
 
     /// Index of the first weight among the operands.
-    pub(crate) fn first_weight(&self) -> usize {
+    pub fn first_weight(&self) -> usize {
         1 + LinearNorm::operands(self.norm)
     }
 
@@ -145,7 +194,7 @@ impl OpDef for Linear {
             return Err(wrong());
         }
         let (k, rows) = inputs[0].shape.split_last().ok_or_else(wrong)?;
-        if inputs[1..norm].iter().any(|m| m.shape.as_slice() != std::slice::from_ref(k)) {
+        if !LinearNorm::fits(self.norm, inputs) {
             return Err(wrong());
         }
         let n = total_rows(&self.parts, k, &inputs[norm..norm + weights]).ok_or_else(wrong)?;
@@ -154,7 +203,8 @@ impl OpDef for Linear {
         if self.residual && inputs.last().is_none_or(|r| r.shape != shape) {
             return Err(wrong());
         }
-        Ok(vec![Meta::f32(shape)])
+        let h = LinearNorm::adds(self.norm).then(|| Meta::f32(inputs[0].shape.clone()));
+        Ok(std::iter::once(Meta::f32(shape)).chain(h).collect())
     }
     fn operations(&self, inputs: &[Vec<usize>], _: &[Vec<usize>]) -> f64 {
         let at = self.first_weight();
@@ -177,18 +227,7 @@ impl OpDef for Linear {
         let list = parts(call, &self.parts, self.first_weight())?;
         let residual = if self.residual { Some(call.f32("linear", call.inputs.len() - 1)?) } else { None };
         let scratch = std::mem::take(&mut call.scratch);
-        let x = match self.norm {
-            None => call.f32("linear", 0)?,
-            Some(LinearNorm::Rms(eps)) => {
-                kernels::rms_norm(call.cpu, call.f32("linear", 0)?, call.f32("linear", 1)?, eps, scratch)?;
-                &*scratch
-            }
-            Some(LinearNorm::Layer(eps)) => {
-                let (w, b) = (call.f32("linear", 1)?, call.f32("linear", 2)?);
-                kernels::layer_norm(call.cpu, call.f32("linear", 0)?, w, b, eps, scratch)?;
-                &*scratch
-            }
-        };
+        let x = LinearNorm::apply(self.norm, "linear", call, scratch)?;
         let cpu = call.cpu;
         let y = call.output("linear", 0)?;
         kernels::linear(cpu, x, m, k, &list, self.activation.epilogue(), y)?;

@@ -11,7 +11,8 @@ use crate::{Error, Result};
 /// `[q | k | v] = norm(x) · Wᵀ + b`, q and k rotated; where `append` is set, k and v go to their states.
 ///
 /// Operands: `x [t, c]`, the norm's, weights and biases, `table [t, r]`, then `k state`, `v state`
-/// (`[capacity, kv_heads, head_dim]`). Results: `[t, (heads + 2·kv_heads)·head_dim]`, then the states.
+/// (`[capacity, kv_heads, head_dim]`). Results: `[t, (heads + 2·kv_heads)·head_dim]`, the normed sum where the norm
+/// adds, then the states.
 #[derive(Clone, Debug)]
 pub struct Qkv {
     /// Norm of x.
@@ -38,7 +39,8 @@ pub struct QkvRope {
 }
 
 impl Qkv {
-    fn first_weight(&self) -> usize {
+    /// Index of the first weight among the operands.
+    pub fn first_weight(&self) -> usize {
         1 + LinearNorm::operands(self.norm)
     }
 
@@ -66,13 +68,14 @@ impl OpDef for Qkv {
         let n = total_rows(&self.parts, c, &inputs[at..at + weights]).ok_or_else(wrong)?;
         let table = &inputs[at + weights].shape;
         let fits = n.as_fixed() == Some(self.width())
-            && inputs[1..at].iter().all(|m| m.shape.as_slice() == std::slice::from_ref(c))
+            && LinearNorm::fits(self.norm, inputs)
             && matches!(table.as_slice(), [tt, r] if tt == t && r.as_fixed().is_some_and(|r| r <= self.head_dim))
             && inputs[at + weights + 1..].iter().all(|s| kv::is_cache(s, self.kv_heads, self.head_dim));
         if !fits {
             return Err(wrong());
         }
         let mut outputs = vec![Meta::f32(vec![t.clone(), self.width().into()])];
+        outputs.extend(LinearNorm::adds(self.norm).then(|| Meta::f32(inputs[0].shape.clone())));
         outputs.extend(inputs[at + weights + 1..].iter().cloned());
         Ok(outputs)
     }
@@ -90,18 +93,7 @@ impl OpDef for Qkv {
         let &[t, c] = call.shape("qkv", 0)? else { return Ok(()) };
         let list = parts(call, &self.parts, self.first_weight())?;
         let scratch = std::mem::take(&mut call.scratch);
-        let x = match self.norm {
-            None => call.f32("qkv", 0)?,
-            Some(LinearNorm::Rms(eps)) => {
-                kernels::rms_norm(call.cpu, call.f32("qkv", 0)?, call.f32("qkv", 1)?, eps, scratch)?;
-                &*scratch
-            }
-            Some(LinearNorm::Layer(eps)) => {
-                let (w, b) = (call.f32("qkv", 1)?, call.f32("qkv", 2)?);
-                kernels::layer_norm(call.cpu, call.f32("qkv", 0)?, w, b, eps, scratch)?;
-                &*scratch
-            }
-        };
+        let x = LinearNorm::apply(self.norm, "qkv", call, scratch)?;
         let at = self.first_weight() + self.weight_operands();
         let table = call.f32("qkv", at)?;
         let r = call.shape("qkv", at)?[1];
@@ -121,11 +113,12 @@ impl OpDef for Qkv {
         let Some(append) = &self.append else { return Ok(()) };
         let past = append.eval(call.bindings)?;
         let formats = [call.kv_format("qkv", at + 1)?, call.kv_format("qkv", at + 2)?];
-        let [qkv, k_state, v_state] = call.outputs else {
+        let results = call.outputs.len();
+        let [qkv, .., k_state, v_state] = call.outputs else {
             return Err(Error::Shape {
                 op: "qkv",
-                wanted: "3 results".into(),
-                found: call.outputs.len().to_string(),
+                wanted: "at least 3 results".into(),
+                found: results.to_string(),
             });
         };
         let columns = [self.heads * d, (self.heads + self.kv_heads) * d];

@@ -23,7 +23,7 @@ pub use conv::{fold_batch_norm, fuse_conv_activation};
 pub use frame_conv::{fuse_frame_conv_activation, fuse_frame_conv_norm};
 pub use linear::{fold_added_vector, fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu};
 pub use load_time::mark_load_time;
-pub use norm::{fuse_norm_add, fuse_norm_linear};
+pub use norm::{fuse_norm_add, fuse_norm_add_linear, fuse_norm_linear};
 pub use qkv::{fuse_qkv, merge_attention_linears};
 pub use quantise::{Precision, insert_quantise};
 pub use taps::{NormedLinears, Tap, matrices, normed_linears, tap_caches, tap_linear_inputs};
@@ -77,6 +77,14 @@ pub fn optimise(graph: &mut Graph) -> crate::Result<Vec<Report>> {
 /// As [`optimise`].
 pub fn prepare(graph: &mut Graph) -> crate::Result<Vec<Report>> {
     Ok(vec![run("mark load-time nodes", mark_load_time, graph)?])
+}
+
+/// Runs one pass and drops what became dead.
+///
+/// # Errors
+/// As [`optimise`].
+pub fn apply(name: &'static str, pass: Pass, graph: &mut Graph) -> crate::Result<Report> {
+    run(name, pass, graph)
 }
 
 fn run(name: &'static str, pass: Pass, graph: &mut Graph) -> crate::Result<Report> {

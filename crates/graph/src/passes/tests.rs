@@ -283,9 +283,50 @@ fn a_norm_with_two_users_stays() {
     assert_eq!(applied, 0);
 }
 
+#[test]
+fn a_norm_and_its_residual_become_part_of_the_layer_that_norms_the_sum() {
+    let (applied, graph) = check(
+        |g| {
+            let x = f32_input(g, "x", &[t(), 6.into()]);
+            let r = f32_input(g, "r", &[t(), 6.into()]);
+            let y = rms_norm(g, "n", x, 6);
+            let sum = g.add(r, y).unwrap();
+            let z = rms_norm(g, "m", sum, 6);
+            let z = linear(g, "a", z, 6, 6, true);
+            // The sum is used again behind the layer, as a residual stream is.
+            g.add(sum, z).unwrap()
+        },
+        &[fuse_bias, fuse_norm_add, fuse_norm_linear, fuse_norm_add_linear],
+    );
+    assert_eq!((applied, names(&graph)), (1, vec!["norm_linear", "add"]));
+}
+
+#[test]
+fn a_sum_joins_the_head_of_an_attention_block_and_its_states_stay_last() {
+    let (applied, graph) = check(
+        |g| {
+            let x = f32_input(g, "x0", &[t(), 10.into()]);
+            let r = f32_input(g, "r", &[t(), 10.into()]);
+            let y = rms_norm(g, "n", x, 10);
+            let sum = g.add(r, y).unwrap();
+            let z = rms_norm(g, "m", sum, 10);
+            let a = cached_attention_of(g, z);
+            let a = linear(g, "o", a, 10, 24, true);
+            g.add(sum, a).unwrap()
+        },
+        &[fuse_bias, fuse_attention, fuse_qkv, fuse_norm_add, fuse_norm_linear, fuse_norm_add_linear],
+    );
+    assert_eq!(applied, 1);
+    assert!(names(&graph).contains(&"norm_qkv_rope_append"));
+}
+
 /// An attention block over a cache, as the decoder builds it: 4 query heads, 2 key heads of 6, 4 rotated.
 fn cached_attention(g: &mut GraphBuilder<'_>) -> Value {
     let x = f32_input(g, "x", &[t(), 10.into()]);
+    cached_attention_of(g, x)
+}
+
+fn cached_attention_of(g: &mut GraphBuilder<'_>, x: Value) -> Value {
     let positions = g.input("positions", DType::I32, &[3.into(), t()]).unwrap();
     let table = g.rope_table(positions, 100.0, &[0, 2], 2).unwrap();
     let keys = Dim::symbol("P") + t();

@@ -3,9 +3,10 @@
 use pocketglm_graph::ops::{Attention, AttentionMask};
 use pocketglm_graph::{Dim, Node, Result, Value};
 use pocketglm_kernels::Variant;
+use pocketglm_tensor::KvFormat;
 
 use super::{Bound, Lowering};
-use crate::plan::{Slot, Word};
+use crate::plan::{Groups, MOST_SPLITS, Slot, Word};
 use crate::state::KvLayout;
 
 /// Components of a head that the kernel has room for.
@@ -31,17 +32,10 @@ impl Lowering<'_> {
 
     /// Appends `t` rows, `stride` elements apart, to a state.
     pub fn kv_append(&mut self, rows: Bound, t: usize, stride: usize, state: Value, at: &Dim) -> Result<()> {
-        let (layout, capacity) = self.cache(state)?;
+        let (layout, _) = self.cache(state)?;
         let bound = self.bound(state)?;
-        let words = vec![
-            t.into(),
-            layout.heads.into(),
-            layout.d.into(),
-            at.into(),
-            capacity.into(),
-            rows.at.into(),
-            stride.into(),
-        ];
+        let words =
+            vec![t.into(), layout.heads.into(), layout.d.into(), at.into(), rows.at.into(), stride.into()];
         let variant = Variant::new("kv_append.wgsl").flag(layout.flag());
         self.dispatch(variant, &[(1, rows.slot), (2, bound.slot)], words, t * layout.heads)
     }
@@ -54,62 +48,211 @@ impl Lowering<'_> {
             return Err(self.unsupported("q of another rank"));
         };
         let q = self.bound(node.inputs[0])?;
-        let y = self.bound(self.result(0))?;
-        let mut variant = Variant::new("attention.wgsl");
-        let mut slots = vec![(1, q.slot), (5, y.slot)];
-        let mut rows = [(0, 0); 2];
-        let mut capacity = 0;
-        for (i, rows) in (1..).zip(&mut rows) {
+        let mut kv = Vec::with_capacity(2);
+        for i in 1..3 {
             let v = node.inputs[i];
             let bound = self.bound(v)?;
-            slots.push((i as u32 + 1, bound.slot));
-            let flag = match (bound.slot, self.shape(v)) {
+            kv.push(match (bound.slot, self.shape(v)) {
                 (Slot::State(_), [_, _, _]) => {
-                    let (layout, rows) = self.cache(v)?;
-                    capacity = rows;
-                    layout.flag()
+                    Keys { slot: bound.slot, first: 0, stride: 0, layout: Some(self.cache(v)?.0) }
                 }
                 (_, &[_, width]) => {
-                    *rows = (bound.at + a.columns[i], width);
-                    "KV_ROWS"
+                    Keys { slot: bound.slot, first: bound.at + a.columns[i], stride: width, layout: None }
                 }
                 _ => return Err(self.unsupported("keys of another rank")),
-            };
-            // Keys and values are stored in the same way.
-            if i == 1 {
-                variant = variant.flag(flag);
-            }
+            });
         }
-        let (mut past, mut bounds, mut segments) = (Word::U(0), 0, 0);
-        match &a.mask {
-            AttentionMask::Causal { past: p } => past = p.into(),
+        let [keys, values] =
+            <[Keys; 2]>::try_from(kv).map_err(|_| self.unsupported("keys without values"))?;
+        let mask = match &a.mask {
+            AttentionMask::Causal { past } => Mask { past: past.into(), segments: None },
             AttentionMask::Segments => {
                 let bound = self.bound(node.inputs[3])?;
-                variant = variant.flag("SEGMENTS");
-                slots.push((4, bound.slot));
-                bounds = self.elements(node.inputs[3]);
-                segments = bound.at;
+                Mask { past: Word::U(0), segments: Some((bound, self.elements(node.inputs[3]))) }
             }
+        };
+        let q = Bound { at: q.at + a.columns[0], ..q };
+        let call = Call { t, q, q_stride, keys, values, mask, y: self.bound(self.result(0))? };
+        if call.moves_four(a) { self.flash(a, &call) } else { self.plain_attention(a, &call) }
+    }
+
+    /// The kernel that takes any size.
+    fn plain_attention(&mut self, a: &Attention, c: &Call) -> Result<()> {
+        let flag = c.keys.layout.map_or("KV_ROWS", |l| l.flag());
+        let mut variant = Variant::new("attention_plain.wgsl").flag(flag);
+        let mut slots = vec![(1, c.q.slot), (2, c.keys.slot), (3, c.values.slot), (5, c.y.slot)];
+        let (mut bounds, mut segments) = (0, 0);
+        if let Some((bound, count)) = c.mask.segments {
+            variant = variant.flag("SEGMENTS");
+            slots.push((4, bound.slot));
+            (bounds, segments) = (count, bound.at);
         }
         let words = vec![
-            t.into(),
+            c.t.into(),
             a.heads.into(),
             a.kv_heads.into(),
             a.head_dim.into(),
             (&a.keys).into(),
-            past,
+            c.mask.past.clone(),
             a.scale.into(),
-            capacity.into(),
             bounds.into(),
-            (q.at + a.columns[0]).into(),
-            q_stride.into(),
-            rows[0].0.into(),
-            rows[0].1.into(),
-            rows[1].0.into(),
-            rows[1].1.into(),
+            c.q.at.into(),
+            c.q_stride.into(),
+            c.keys.first.into(),
+            c.keys.stride.into(),
+            c.values.first.into(),
+            c.values.stride.into(),
             segments.into(),
-            y.at.into(),
+            c.y.at.into(),
         ];
-        self.dispatch(variant, &slots, words, t * a.heads)
+        self.dispatch(variant, &slots, words, c.t * a.heads)
     }
+
+    /// The kernel that moves four values at a time: whole rows of a prompt or a picture, or one token whose keys are
+    /// split between workgroups.
+    fn flash(&mut self, a: &Attention, c: &Call) -> Result<()> {
+        let (group, four) = (a.heads / a.kv_heads, a.head_dim / 4);
+        let split = c.t == 1 && c.mask.segments.is_none();
+        let (rows, tile, workgroup) = self.flash_tile(four, split.then_some(group));
+        let mut variant = Variant::new("flash_attention.wgsl")
+            .value("WG", workgroup as u32)
+            .value("BQ", rows as u32)
+            .value("KT", tile as u32)
+            .value("D4", four as u32)
+            .flag_if(c.mask.segments.is_none(), "CAUSAL")
+            .flag_if(split, "SPLIT");
+        let mut stride = [c.keys.stride / 4, c.values.stride / 4];
+        if let Some(layout) = c.keys.layout {
+            let head = if layout.format == KvFormat::Int8 { four + 1 } else { four };
+            stride = [a.kv_heads * head; 2];
+            if layout.format != KvFormat::F32 {
+                variant = variant.flag(layout.flag());
+            }
+        }
+        let mut slots = vec![(1, c.q.slot), (2, c.keys.slot), (3, c.values.slot)];
+        let (mut bounds, mut segments) = (0, 0);
+        if let Some((bound, count)) = c.mask.segments {
+            variant = variant.flag("SEGMENTS");
+            slots.push((6, bound.slot));
+            (bounds, segments) = (count, bound.at);
+        }
+        // Partial results, then their maxima and sums, in the node's working memory.
+        let partial = self.places.scratch(self.node);
+        let sums = partial + (a.heads * MOST_SPLITS * a.head_dim).next_multiple_of(crate::plan::ALIGN);
+        let (mut o, mut o_off) = (c.y, c.y.at / 4);
+        if split {
+            o = self.arena(partial, a.heads * MOST_SPLITS * a.head_dim)?;
+            o_off = o.at / 4;
+            let sums = self.arena(sums, a.heads * MOST_SPLITS * 2)?;
+            slots.push((5, sums.slot));
+        }
+        slots.push((4, o.slot));
+        let (keys, tiles) = (&a.keys, (c.t * group).div_ceil(rows));
+        let (of, parts) = match split {
+            true => (Word::Of(keys.clone(), split_of), Word::Of(keys.clone(), splits_of)),
+            false => (Word::U(1 << 30), Word::U(1)),
+        };
+        let words = vec![
+            c.t.into(),
+            group.into(),
+            keys.into(),
+            c.mask.past.clone(),
+            of,
+            parts.clone(),
+            a.scale.into(),
+            bounds.into(),
+            (c.q.at / 4).into(),
+            (c.q_stride / 4).into(),
+            (c.keys.first / 4).into(),
+            stride[0].into(),
+            (c.values.first / 4).into(),
+            stride[1].into(),
+            o_off.into(),
+            (a.heads * four).into(),
+            segments.into(),
+        ];
+        let columns = if split { parts.clone() } else { tiles.into() };
+        self.dispatch_grid(variant, &slots, words, Groups::Grid(columns, a.kv_heads as u32))?;
+        if !split {
+            return Ok(());
+        }
+        let lanes = (256 / four).clamp(1, 8);
+        let variant =
+            Variant::new("attention_combine.wgsl").value("D4", four as u32).value("SL", lanes as u32);
+        let sums = self.arena(sums, a.heads * MOST_SPLITS * 2)?;
+        let words = vec![parts, o_off.into(), (c.y.at / 4).into(), Word::U(0)];
+        self.dispatch(variant, &[(1, o.slot), (2, sums.slot), (3, c.y.slot)], words, a.heads)
+    }
+
+    /// Rows and keys of a tile and the invocations of a workgroup: as much as workgroup memory holds.
+    fn flash_tile(&self, four: usize, group: Option<usize>) -> (usize, usize, usize) {
+        let limit = self.device.limits.max_compute_workgroup_storage_size as usize;
+        let bytes =
+            |rows: usize, tile: usize| (rows * four + tile * (four + 1)) * 16 + rows * tile * 8 + rows * 16;
+        let workgroup = match self.device.info.software {
+            true => 64,
+            false => 256,
+        };
+        let workgroup = four.next_power_of_two().max(workgroup);
+        match group {
+            Some(group) => {
+                let tile = if bytes(group, 32) <= limit { 32 } else { 16 };
+                (group, tile, workgroup.max(group.next_power_of_two()))
+            }
+            None if bytes(32, 16) <= limit && !self.device.info.software => (32, 16, workgroup),
+            None => (16, 8, workgroup.min(64).max(four.next_power_of_two())),
+        }
+    }
+}
+
+/// Keys or values: a cache, or rows of f32 that are `stride` elements apart.
+struct Keys {
+    slot: Slot,
+    first: usize,
+    stride: usize,
+    layout: Option<KvLayout>,
+}
+
+struct Mask {
+    past: Word,
+    /// Boundaries and how many there are.
+    segments: Option<(Bound, usize)>,
+}
+
+/// What every attention kernel is told.
+struct Call {
+    t: usize,
+    q: Bound,
+    q_stride: usize,
+    keys: Keys,
+    values: Keys,
+    mask: Mask,
+    y: Bound,
+}
+
+impl Call {
+    /// Whether every place is a multiple of four elements.
+    fn moves_four(&self, a: &Attention) -> bool {
+        let places = [
+            a.head_dim,
+            self.q.at,
+            self.q_stride,
+            self.keys.first,
+            self.keys.stride,
+            self.values.first,
+            self.values.stride,
+            self.y.at,
+        ];
+        places.iter().all(|p| p.is_multiple_of(4))
+    }
+}
+
+/// Keys of each part of a decode step: whole tiles, and not more than [`MOST_SPLITS`] parts.
+fn split_of(keys: usize) -> usize {
+    keys.div_ceil(MOST_SPLITS).next_multiple_of(32).max(64)
+}
+
+/// Parts of a decode step.
+fn splits_of(keys: usize) -> usize {
+    keys.div_ceil(split_of(keys)).max(1)
 }

@@ -7,35 +7,23 @@ use pocketglm_kernels::Variant;
 use super::simple::{Other, activation};
 use super::{Bound, Lowering};
 use crate::plan::{Slot, Word, padded};
+use crate::weights::{Kind, Matrix};
 
-/// A linear layer to dispatch: rows of x against the parts of a weight.
-struct Product<'n> {
+/// Rows of x against the matrices of the node at work.
+struct Product {
     x: Bound,
     m: usize,
     k: usize,
-    /// Weight and bias of each part.
-    parts: Vec<(Value, Option<Value>)>,
     activation: Activation,
     residual: Option<Bound>,
     y: Bound,
     /// Elements of a row of y.
     stride: usize,
-    node: &'n Node,
-}
-
-/// Weights and biases among the operands from `at` on.
-fn parts(node: &Node, biases: &[bool], mut at: usize) -> Vec<(Value, Option<Value>)> {
-    let mut list = Vec::with_capacity(biases.len());
-    for &bias in biases {
-        list.push((node.inputs[at], bias.then(|| node.inputs[at + 1])));
-        at += 1 + usize::from(bias);
-    }
-    list
 }
 
 impl Lowering<'_> {
     /// Rows and columns of a matrix, `x [.., k]` seen as `[m, k]`.
-    fn rows_of(&self, x: Value) -> [usize; 2] {
+    pub fn rows_of(&self, x: Value) -> [usize; 2] {
         let k = self.shape(x).last().copied().unwrap_or(0);
         [self.elements(x) / k.max(1), k]
     }
@@ -50,55 +38,54 @@ impl Lowering<'_> {
             LinearNorm::Layer(eps) => {
                 self.norm_to(x, node.inputs[1], Some(Other::Bias(node.inputs[2])), eps, y)?;
             }
+            LinearNorm::AddRms { inner, outer } => {
+                let sum = self.result(1);
+                let residual = Some(Other::Residual(x));
+                self.norm(node.inputs[1], node.inputs[2], residual, inner, sum)?;
+                self.norm_to(sum, node.inputs[3], None, outer, y)?;
+            }
         }
         Ok(y)
     }
 
     pub fn linear(&mut self, node: &Node, linear: &Linear) -> Result<()> {
+        if self.vector_linear(node, linear)? {
+            return Ok(());
+        }
         let [m, k] = self.rows_of(node.inputs[0]);
         let scratch = self.places.scratch(self.node);
         let x = self.normed(node, linear.norm, scratch)?;
-        let first = 1 + match linear.norm {
-            None => 0,
-            Some(LinearNorm::Rms(_)) => 1,
-            Some(LinearNorm::Layer(_)) => 2,
-        };
-        let parts = parts(node, &linear.parts, first);
         let n = self.shape(self.result(0)).last().copied().unwrap_or(0);
         let residual = match linear.residual {
             true => node.inputs.last().map(|v| self.bound(*v)).transpose()?,
             false => None,
         };
         let y = self.bound(self.result(0))?;
-        if linear.activation != Activation::SwiGlu {
-            let activation = linear.activation;
-            return self.product(&Product { x, m, k, parts, activation, residual, y, stride: n, node });
+        let product = Product { x, m, k, activation: linear.activation, residual, y, stride: n };
+        if linear.activation != Activation::SwiGlu || self.fuses_swiglu(&product) {
+            return self.product(&product);
         }
         if residual.is_some() {
             return Err(self.unsupported("a residual behind SwiGLU"));
         }
         let behind = scratch + linear.norm.map_or(0, |_| padded(m * k));
         let both = self.arena(behind, 2 * m * n)?;
-        let activation = Activation::None;
-        self.product(&Product { x, m, k, parts, activation, residual, y: both, stride: 2 * n, node })?;
+        self.product(&Product { activation: Activation::None, y: both, stride: 2 * n, ..product })?;
         let words = vec![m.into(), n.into(), both.at.into(), y.at.into()];
         self.element_wise(Variant::new("swiglu.wgsl"), &[(1, both.slot), (2, y.slot)], words, m * n)
     }
 
     pub fn qkv(&mut self, node: &Node, qkv: &Qkv) -> Result<()> {
+        if self.vector_qkv(node, qkv)? {
+            return Ok(());
+        }
         let [t, c] = self.rows_of(node.inputs[0]);
         let x = self.normed(node, qkv.norm, self.places.scratch(self.node))?;
-        let first = 1 + match qkv.norm {
-            None => 0,
-            Some(LinearNorm::Rms(_)) => 1,
-            Some(LinearNorm::Layer(_)) => 2,
-        };
-        let parts = parts(node, &qkv.parts, first);
-        let at = first + qkv.parts.iter().map(|b| 1 + usize::from(*b)).sum::<usize>();
+        let at = qkv.first_weight() + qkv.parts.iter().map(|b| 1 + usize::from(*b)).sum::<usize>();
         let width = (qkv.heads + 2 * qkv.kv_heads) * qkv.head_dim;
         let y = self.bound(self.result(0))?;
         let activation = Activation::None;
-        self.product(&Product { x, m: t, k: c, parts, activation, residual: None, y, stride: width, node })?;
+        self.product(&Product { x, m: t, k: c, activation, residual: None, y, stride: width })?;
         let table = self.bound(node.inputs[at])?;
         let r = self.shape(node.inputs[at]).last().copied().unwrap_or(0);
         // q and k lie side by side, so one dispatch rotates the heads of both.
@@ -120,8 +107,7 @@ impl Lowering<'_> {
         if self.shape(b).len() == 2 {
             let x = self.bound(a)?;
             let activation = Activation::None;
-            let parts = vec![(b, None)];
-            return self.product(&Product { x, m, k, parts, activation, residual: None, y, stride, node });
+            return self.product(&Product { x, m, k, activation, residual: None, y, stride });
         }
         let (batch, m) = (self.shape(a)[0], self.shape(a)[1]);
         let (x, w) = (self.bound(a)?, self.bound(b)?);
@@ -132,55 +118,144 @@ impl Lowering<'_> {
         self.dispatch(variant, &[(1, x.slot), (2, w.slot), (3, y.slot)], words, groups)
     }
 
-    /// One dispatch for each part of each weight that is bound by itself.
-    fn product(&mut self, p: &Product<'_>) -> Result<()> {
-        let mut column = 0;
-        for (weight, bias) in &p.parts {
-            let (root, _) = self.places.plan.root(*weight);
-            let held = self.held;
-            let bias = bias.map(|b| self.bound(b)).transpose()?;
-            let rows = self.shape(*weight)[0];
-            let Some(matrix) = held.matrices.get(&root.node()) else {
-                return Err(self
-                    .unsupported(format!("{}: a weight that is no matrix of the checkpoint", p.node.scope)));
-            };
-            let form = &matrix.form;
-            for (i, part) in matrix.parts.iter().enumerate() {
-                let mut slots = vec![(4, p.x.slot), (7, p.y.slot)];
-                slots.extend(matrix_slots(root.node(), i, matrix));
-                let mut variant =
-                    form.define(Variant::new("linear.wgsl")).value("KIND", activation(p.activation));
-                let mut bias_at = 0;
-                if let Some(bias) = bias {
-                    variant = variant.flag("BIAS");
-                    slots.push((5, bias.slot));
-                    bias_at = bias.at + part.first;
-                }
-                if let Some(residual) = p.residual {
-                    variant = variant.flag("RESIDUAL");
-                    slots.push((6, residual.slot));
-                }
-                let mut words: Vec<Word> = [
-                    p.m,
-                    part.rows,
-                    p.k,
-                    p.x.at,
-                    p.y.at,
-                    p.stride,
-                    column + part.first,
-                    bias_at,
-                    p.residual.map_or(0, |r| r.at),
-                ]
-                .iter()
-                .map(|&s| Word::from(s))
-                .collect();
-                words.extend(matrix_words(matrix));
-                let groups = p.m.div_ceil(32) * part.rows.div_ceil(32);
-                self.dispatch(variant, &slots, words, groups)?;
+    /// The matrices of the node at work.
+    pub fn runs(&self) -> Result<&[crate::held::Run]> {
+        match self.held.products.get(&self.node) {
+            Some(runs) => Ok(runs),
+            None => Err(self.unsupported("a factor that is no matrix of the checkpoint")),
+        }
+    }
+
+    /// Whether the tiled kernel, which moves four values at a time, can take a product.
+    fn is_tiled(&self, p: &Product) -> bool {
+        p.k.is_multiple_of(4) && p.x.at.is_multiple_of(4)
+    }
+
+    /// Whether gate and up are one matrix in one binding, so that their product is the kernel's epilogue.
+    fn fuses_swiglu(&self, p: &Product) -> bool {
+        let whole = |runs: &[crate::held::Run]| match runs {
+            [run] => {
+                self.held.matrices.get(run.matrix).is_some_and(|m| m.parts.len() == 1) && run.bias.is_none()
             }
-            column += rows;
+            _ => false,
+        };
+        p.residual.is_none() && self.is_tiled(p) && self.runs().is_ok_and(whole)
+    }
+
+    /// One dispatch for each part of each matrix that is bound by itself.
+    fn product(&mut self, p: &Product) -> Result<()> {
+        let held = self.held;
+        let mut column = 0;
+        for run in self.runs()?.to_vec() {
+            let Some(matrix) = held.matrices.get(run.matrix) else { continue };
+            for i in 0..matrix.parts.len() {
+                if self.is_tiled(p) {
+                    self.tiled(p, &run, matrix, i, column)?;
+                } else {
+                    self.plain(p, &run, matrix, i, column)?;
+                }
+            }
+            column += run.rows;
         }
         Ok(())
+    }
+
+    /// The kernel that takes any size.
+    fn plain(
+        &mut self,
+        p: &Product,
+        run: &crate::held::Run,
+        matrix: &Matrix,
+        i: usize,
+        column: usize,
+    ) -> Result<()> {
+        let (form, part) = (&matrix.form, &matrix.parts[i]);
+        let mut slots = vec![(4, p.x.slot), (7, p.y.slot)];
+        slots.extend(matrix_slots(run.matrix, i, matrix));
+        let mut variant =
+            form.define_zero(Variant::new("linear.wgsl")).value("KIND", activation(p.activation));
+        if run.bias.is_some() {
+            variant = variant.flag("BIAS");
+            slots.push((5, Slot::Vectors));
+        }
+        if let Some(residual) = p.residual {
+            variant = variant.flag("RESIDUAL");
+            slots.push((6, residual.slot));
+        }
+        let sizes = [
+            p.m,
+            part.rows,
+            p.k,
+            p.x.at,
+            p.y.at,
+            p.stride,
+            column + part.first,
+            run.bias.unwrap_or(0) + part.first,
+            p.residual.map_or(0, |r| r.at),
+        ];
+        let mut words: Vec<Word> = sizes.iter().map(|&s| Word::from(s)).collect();
+        words.extend(plain_words(matrix));
+        self.dispatch(variant, &slots, words, p.m.div_ceil(32) * part.rows.div_ceil(32))
+    }
+
+    /// The tiled kernels: in f32, or on cooperative matrices in f16 where weights are no better than that.
+    fn tiled(
+        &mut self,
+        p: &Product,
+        run: &crate::held::Run,
+        matrix: &Matrix,
+        i: usize,
+        column: usize,
+    ) -> Result<()> {
+        let (form, part) = (&matrix.form, &matrix.parts[i]);
+        let swiglu = p.activation == Activation::SwiGlu;
+        let cooperative = self.device.cooperative() && form.kind != Kind::F32 && p.m >= 32;
+        let (variant, tile) = match cooperative {
+            // Small products need more and smaller tiles to keep the device busy.
+            true if p.m.div_ceil(128) * part.rows.div_ceil(128) < 264 => {
+                (form.define(Variant::new("gemm_coop_m64.wgsl").value("MF", 2)), [64, 128])
+            }
+            true => (form.define(Variant::new("gemm_coop.wgsl")), [128, 128]),
+            false => (form.define_zero(Variant::new("gemm.wgsl")), [64, 64]),
+        };
+        let mut variant = variant
+            .flag_if(swiglu, "SWIGLU")
+            .flag_if(p.activation == Activation::Silu, "SILU")
+            .flag_if(p.activation == Activation::Gelu, "GELU")
+            .flag_if(p.activation == Activation::Relu, "RELU");
+        let mut slots = vec![(4, p.x.slot), (5, p.y.slot)];
+        slots.extend(matrix_slots(run.matrix, i, matrix));
+        if run.bias.is_some() {
+            variant = variant.flag("BIAS");
+            slots.push((6, Slot::Vectors));
+        }
+        if let Some(residual) = p.residual {
+            variant = variant.flag("RESIDUAL");
+            slots.push((7, residual.slot));
+        }
+        let rows = if swiglu { part.rows / 2 } else { part.rows };
+        let columns = if swiglu { tile[1] / 2 } else { tile[1] };
+        let (k, tiles) = (matrix.k, p.m.div_ceil(tile[0]));
+        // The bias is indexed by the row of the whole matrix, which begins at a multiple of four.
+        let words = vec![
+            p.m.into(),
+            rows.into(),
+            form.blocks(k).into(),
+            form.groups(k).into(),
+            Word::U(form.shift()),
+            matrix.factor.into(),
+            p.k.into(),
+            (run.bias.unwrap_or(0) / 4).into(),
+            (p.x.at / 4).into(),
+            (p.k / 4).into(),
+            (p.y.at + column).into(),
+            p.stride.into(),
+            p.residual.map_or(0, |r| r.at + column).into(),
+            p.stride.into(),
+            part.first.into(),
+            tiles.into(),
+        ];
+        self.dispatch(variant, &slots, words, tiles * rows.div_ceil(columns))
     }
 
     pub fn gather_rows(&mut self, node: &Node) -> Result<()> {
@@ -190,16 +265,17 @@ impl Lowering<'_> {
         let (ids, y) = (self.bound(ids)?, self.bound(self.result(0))?);
         let (root, _) = self.places.plan.root(table);
         let held = self.held;
-        let Some(matrix) = held.matrices.get(&root.node()) else {
+        let Some(&key) = held.tables.get(&root.node()) else {
             return self.gather_values(table, [ids, y], [n, total, c]);
         };
+        let Some(matrix) = held.matrices.get(key) else { return Ok(()) };
         for (i, part) in matrix.parts.iter().enumerate() {
             let mut slots = vec![(4, ids.slot), (5, y.slot)];
-            slots.extend(matrix_slots(root.node(), i, matrix));
+            slots.extend(matrix_slots(key, i, matrix));
             let sizes = [n, c, part.first, part.rows, total, ids.at, y.at];
             let mut words: Vec<Word> = sizes.iter().map(|&s| Word::from(s)).collect();
-            words.extend(matrix_words(matrix));
-            let variant = matrix.form.define(Variant::new("gather_rows.wgsl"));
+            words.extend(plain_words(matrix));
+            let variant = matrix.form.define_zero(Variant::new("gather_rows.wgsl"));
             self.element_wise(variant, &slots, words, n * c)?;
         }
         Ok(())
@@ -208,7 +284,7 @@ impl Lowering<'_> {
     /// Rows of a value that the run computed.
     fn gather_values(&mut self, table: Value, [ids, y]: [Bound; 2], [n, total, c]: [usize; 3]) -> Result<()> {
         let table = self.bound(table)?;
-        let sizes = [n, c, 0, total, total, ids.at, y.at, c, 0, 0, 0, 0, 0, table.at];
+        let sizes = [n, c, 0, total, total, ids.at, y.at, c, 0, 0, 0, 0, table.at];
         let words = sizes.iter().map(|&s| Word::from(s)).collect();
         let slots = [(1, table.slot), (4, ids.slot), (5, y.slot)];
         self.element_wise(Variant::new("gather_rows.wgsl").flag("W_VALUES"), &slots, words, n * c)
@@ -216,14 +292,14 @@ impl Lowering<'_> {
 }
 
 /// Bindings 1 to 3: the arrays of part `i` of a matrix.
-fn matrix_slots(node: usize, i: usize, matrix: &crate::weights::Matrix) -> Vec<(u32, Slot)> {
+pub(super) fn matrix_slots(key: usize, i: usize, matrix: &Matrix) -> Vec<(u32, Slot)> {
     let part = &matrix.parts[i];
-    let arrays = [true, part.scales.is_some(), part.offsets.is_some()];
-    (0..3).filter(|&w| arrays[w]).map(|w| (w as u32 + 1, Slot::Matrix { node, part: i, which: w })).collect()
+    let arrays = [true, part.scales.is_some(), part.minima.is_some()];
+    (0..3).filter(|&w| arrays[w]).map(|w| (w as u32 + 1, Slot::Matrix { key, part: i, which: w })).collect()
 }
 
-/// What every kernel is told of a matrix, in the order of its parameters.
-fn matrix_words(matrix: &crate::weights::Matrix) -> Vec<Word> {
+/// What kernels that take any size are told of a matrix, in the order of their parameters.
+fn plain_words(matrix: &Matrix) -> Vec<Word> {
     let form = &matrix.form;
     vec![
         matrix.k.into(),
@@ -231,6 +307,5 @@ fn matrix_words(matrix: &crate::weights::Matrix) -> Vec<Word> {
         form.groups(matrix.k).into(),
         Word::U(form.shift()),
         matrix.factor.into(),
-        form.zero.into(),
     ]
 }

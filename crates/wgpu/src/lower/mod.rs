@@ -3,27 +3,15 @@
 mod attention;
 mod linear;
 mod simple;
-
-use std::collections::HashMap;
+mod vector;
 
 use pocketglm_graph::ops::Op;
 use pocketglm_graph::{Bindings, DeviceFault, Error, Graph, Node, Result, Value};
 use pocketglm_kernels::Variant;
 
 use crate::device::Device;
-use crate::plan::{PARAMETERS, Places, Slot, Step, Word};
-use crate::state::KvLayout;
-use crate::weights::Matrix;
-
-/// What a program holds besides its arena.
-pub(crate) struct Held {
-    /// Matrices as stored, by node.
-    pub matrices: HashMap<usize, Matrix>,
-    /// Vectors and tables in f32.
-    pub vectors: HashMap<Value, crate::device::Buffer>,
-    /// Nodes that are states, with their layouts, in the order of their buffers.
-    pub states: Vec<(usize, KvLayout)>,
-}
+use crate::held::Held;
+use crate::plan::{Groups, PARAMETERS, Places, Slot, Step, Word};
 
 /// An operand as a kernel sees it: what is bound, and the element of it where the values begin.
 #[derive(Clone, Copy)]
@@ -121,8 +109,11 @@ impl Lowering<'_> {
         if let Some(i) = self.held.states.iter().position(|(node, _)| *node == root.node()) {
             return Ok(Bound { slot: Slot::State(i), at: offset });
         }
-        if self.held.vectors.contains_key(&root) {
-            return Ok(Bound { slot: Slot::Vector(root), at: offset });
+        if let Some(at) = self.held.places.get(&root) {
+            return Ok(Bound { slot: Slot::Vectors, at: at + offset });
+        }
+        if self.held.large.contains_key(&root) {
+            return Ok(Bound { slot: Slot::Table(root), at: offset });
         }
         Err(self.unsupported(format!("{} is held in no form that a kernel takes", self.graph.meta(value))))
     }
@@ -140,6 +131,12 @@ impl Lowering<'_> {
         Ok(Bound { slot: Slot::Arena { at: from, bytes }, at })
     }
 
+    /// The whole arena, where one binding holds it.
+    pub fn whole(&self) -> Option<Slot> {
+        let bytes = self.places.total as u64 * 4;
+        (bytes <= self.device.binding_limit()).then_some(Slot::Arena { at: 0, bytes })
+    }
+
     /// Adds a dispatch of `groups` workgroups.
     pub fn dispatch(
         &mut self,
@@ -151,6 +148,17 @@ impl Lowering<'_> {
         if groups == 0 {
             return Ok(());
         }
+        self.dispatch_grid(variant, slots, words, Groups::Count(groups as u64))
+    }
+
+    /// Adds a dispatch of a grid of workgroups.
+    pub fn dispatch_grid(
+        &mut self,
+        variant: Variant,
+        slots: &[(u32, Slot)],
+        words: Vec<Word>,
+        groups: Groups,
+    ) -> Result<()> {
         let pipeline = self.device.pipelines.get(self.device, &variant)?;
         let expected = pipeline.bindings.iter().filter(|b| b.access != pocketglm_kernels::Access::Uniform);
         let numbers: Vec<u32> = expected.map(|b| b.number).collect();
@@ -162,13 +170,7 @@ impl Lowering<'_> {
                 words.len()
             )));
         }
-        self.steps.push(Step {
-            node: self.node,
-            pipeline,
-            slots: slots.to_vec(),
-            words,
-            groups: groups as u64,
-        });
+        self.steps.push(Step { node: self.node, pipeline, slots: slots.to_vec(), words, groups });
         Ok(())
     }
 

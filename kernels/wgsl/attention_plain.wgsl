@@ -2,7 +2,7 @@
 // 2018). Causal: query t sees 0 ..= past + t. SEGMENTS: query t sees its own segment of the boundaries [0, .., t].
 // A workgroup owns a head of a query; an invocation scores a key, then owns up to four components of the result.
 const WG = 64u;
-struct P { t: u32, heads: u32, kv_heads: u32, d: u32, keys: u32, past: u32, scale: f32, capacity: u32, bounds: u32,
+struct P { t: u32, heads: u32, kv_heads: u32, d: u32, keys: u32, past: u32, scale: f32, bounds: u32,
            q: u32, q_stride: u32, k: u32, k_stride: u32, v: u32, v_stride: u32, segments: u32, y: u32 }
 @group(0) @binding(0) var<uniform> p: P;
 @group(0) @binding(1) var<storage, read_write> q: array<f32>;
