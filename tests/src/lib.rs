@@ -18,6 +18,8 @@ mod generation;
 #[cfg(test)]
 mod gguf;
 #[cfg(test)]
+mod hear;
+#[cfg(test)]
 mod kv;
 #[cfg(test)]
 mod memory;
@@ -27,6 +29,8 @@ mod parity;
 mod pictures;
 #[cfg(test)]
 mod quantise;
+#[cfg(test)]
+mod senses;
 #[cfg(test)]
 mod support;
 #[cfg(test)]
