@@ -44,8 +44,8 @@ pub(super) struct Shape {
 impl Shape {
     pub(super) fn of(isa: Isa, packed: &Packed) -> Shape {
         let l = &packed.layout;
-        // Codes of eight bits deserve finer steps of x.
-        let block = if l.format.bits == 8 { 32 } else { 128 };
+        // Codes of eight bits deserve finer steps of x, unless the weights' own steps are those of whole rows.
+        let block = if l.format.bits == 8 && l.group <= 128 { 32 } else { 128 };
         let zero = match l.format.zero {
             ZeroKind::Fixed(zero) => Some(i32::from(zero) - bias(isa, l)),
             _ => None,
