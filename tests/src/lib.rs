@@ -18,6 +18,8 @@ mod generation;
 #[cfg(test)]
 mod gguf;
 #[cfg(test)]
+mod hear;
+#[cfg(test)]
 mod kv;
 #[cfg(test)]
 mod memory;
@@ -29,6 +31,8 @@ mod pictures;
 mod precision;
 #[cfg(test)]
 mod quantise;
+#[cfg(test)]
+mod senses;
 #[cfg(test)]
 mod support;
 #[cfg(test)]
