@@ -1,4 +1,5 @@
-// The index of the largest of n values, the lowest among equals; NaN never wins. Two dispatches: the first (no flag) gives one
+// The index of the largest of n values, the lowest among equals; the largest index there is where a value is
+// not finite. Two dispatches: the first (no flag) gives one
 // (value, index) for each workgroup's stride of x, the second (SECOND, one workgroup) joins them.
 const WG = 256u;
 struct P { n: u32, x_off: u32, o_off: u32, pad: u32 }  // o_off: pairs; SECOND: the word that gets the index
@@ -23,7 +24,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
 //#else
   for (var i = wid.x * WG + t; i < p.n; i += nwg.x * WG) {
     let v = x[p.x_off + i];
-    if (v > bv || (v == bv && i < bi)) { bv = v; bi = i; }
+    // Not finite: no other value is larger than infinity.
+    if ((bitcast<u32>(v) & 0x7f800000u) == 0x7f800000u) { bv = bitcast<f32>(0x7f800000u | (bi & 0u)); bi = 0xffffffffu; }
+    else if (v > bv || (v == bv && i < bi)) { bv = v; bi = i; }
   }
 //#endif
   sv[t] = bv; si[t] = bi;

@@ -112,6 +112,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
   var par = 0u;
   let d4 = t % D4; let g = t / D4;
   for (var j0 = first; j0 < end; j0 += KT) {
+    let count = min(KT, end - j0);
     var vreg: array<vec4<f32>, NLD>;
     for (var i = 0u; i < NLD; i++) {
       let e = i * WG + t; let j = j0 + e / D4;
@@ -133,7 +134,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
       let r = t / TPR;
       let old = msh[par * BQ + r];
       var m = old;
-      for (var j = 0u; j < KT; j++) { m = max(m, ssh[r * KT + j]); }
+      for (var j = 0u; j < count; j++) { m = max(m, ssh[r * KT + j]); }
       // A masked score is LOW: zero weight even where every score so far was masked.
       for (var j = t % TPR; j < KT; j += TPR) {
         let s = ssh[r * KT + j];
@@ -154,7 +155,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
           acc[i] *= a; sum[i] *= a;
         }
       }
-      for (var j = 0u; j < KT; j++) {
+      for (var j = 0u; j < count; j++) {
         let v = ksh[j * (D4 + 1u) + d4];
         for (var i = 0u; i < HO; i++) {
           let w = psh[min(i * GROUPS + g, BQ - 1u) * KT + j];

@@ -37,7 +37,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
 //#endif
   // x runs over tiles of rows of x first: neighbours share the weights, which are read from memory once.
   let tile = wid.x + wid.y * nwg.x;
-  let m0 = (tile % p.tiles_m) * 64u; let n0 = (tile / p.tiles_m) * cols;
+  let m0 = (tile % p.tiles_m) * 64u; let n0 = p.n_begin + (tile / p.tiles_m) * cols;
   if (n0 >= p.n) { return; }
   let tx = t % 16u; let ty = t / 16u;
   var acc: array<vec4<f32>, 8>;

@@ -4,7 +4,7 @@
 // Departs from the twin: int8 activations per 32 (exact int32 inside a block), f32 sums in another order.
 // Flags: SUBGROUP; BITS8 | BITS2 (else 4); ASYM; GROUP16; X_GLOBAL (x comes quantised) | QUANT [RESID] [NORM] (prologue);
 // QKV [KV_STATE [KV_F16] | KV_STAGE] | SWIGLU | [BIAS]; VECW where norm weights or a bias are read; R even for QKV and
-// SWIGLU; MB > 1 only with X_GLOBAL and neither of them.
+// SWIGLU; MB > 1 only with X_GLOBAL and neither of them; NO_EARLY: no weights are asked for before the prologue.
 const WG = 256u;
 const R = 2u;
 const U = 4u;
@@ -130,7 +130,11 @@ fn consume(u: u32, b0: u32) {
 fn span(b0: u32) { for (var u = 0u; u < U; u++) { fetch(u, min(b0 + u * TEAM, p.kb - 1u)); } }
 fn point(i: u32) { for (var r = 0u; r < R; r++) { let row = row_at(i, r); rb[r] = row * p.kb; rs[r] = row * p.groups; } }
 var<private> ready: bool;   // the first span of the item is in registers
-fn fetch_first(i: u32) { point(i); span(LANE); ready = true; }
+fn fetch_first(i: u32) {
+//#if !NO_EARLY
+  point(i); span(LANE); ready = true;
+//#endif
+}
 
 fn rows(i: u32) {
   point(i);

@@ -117,6 +117,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
             "decode_s": of(|t| t.decode.as_secs_f64()),
             "prefill_tokens_per_s": prefill,
             "decode_tokens_per_s": decode,
+            "copy_bytes_per_s": engine.copy_rate()?,
             "peak_memory_bytes": peak,
             "planned_memory_bytes": planned,
         }))?;
@@ -151,6 +152,7 @@ fn behind(args: &BenchArgs, engine: &Engine, load: f64, depth: usize) -> Result<
             "rounds": args.rounds,
             "decode_s": middle,
             "decode_tokens_per_s": rate,
+            "copy_bytes_per_s": engine.copy_rate()?,
             "peak_memory_bytes": peak_memory(),
         }))?;
     } else {

@@ -85,6 +85,14 @@ impl Engine {
         self.inner.backend.describe()
     }
 
+    /// Bytes that a large copy in the device's memory moves in a second, where the device is not the processor.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn copy_rate(&self) -> Result<Option<f64>> {
+        Ok(self.inner.backend.copy_rate()?)
+    }
+
     /// The graphs that run, by name: for reports.
     pub fn graphs(&self) -> Vec<(&'static str, &Graph)> {
         let vision = self.inner.model.vision.iter().map(|v| ("vision", &v.graph));
@@ -184,7 +192,7 @@ impl Engine {
 }
 
 /// The backend that the options name; the processor where they name none.
-fn backend(options: &EngineOptions, cpu: &Arc<Cpu>) -> Arc<dyn Backend> {
+pub(crate) fn backend(options: &EngineOptions, cpu: &Arc<Cpu>) -> Arc<dyn Backend> {
     options.backend.clone().unwrap_or_else(|| Arc::new(CpuBackend::new(cpu.clone())))
 }
 

@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use pocketglm_graph::{Bindings, CpuBackend, plan_memory};
+use pocketglm_graph::Bindings;
 use pocketglm_tensor::Cpu;
 use pocketglm_wav2vec as wav2vec;
 use pocketglm_wav2vec::audio::{Level, LevelMeter, WavBlocks};
 use pocketglm_wav2vec::{Chunking, Precision, RecogniserInfo, Stream, Transcript};
 
+use crate::engine::backend;
 use crate::plan::PROGRAM_BYTES;
 use crate::sound::open;
 use crate::{Cancel, EngineOptions, Error, MemoryPlan, MemoryUse, Result, Sound, Trace};
@@ -66,8 +67,8 @@ impl Recogniser {
             let seconds = chunking.seconds + 2.0 * chunking.context;
             Recogniser::inspect(path.as_ref(), &engine, seconds)?.1.check(engine.memory)?;
         }
-        let backend = CpuBackend::new(Arc::new(Cpu::new(engine.threads)?));
-        let inner = wav2vec::Recogniser::open(path, Arc::new(backend), options(&engine))?;
+        let backend = backend(&engine, &Arc::new(Cpu::new(engine.threads)?));
+        let inner = wav2vec::Recogniser::open(path, backend, options(&engine))?;
         engine.report("load", 1, 1);
         Ok(Recogniser { inner, options: engine })
     }
@@ -87,10 +88,10 @@ impl Recogniser {
         seconds: f64,
     ) -> Result<(RecogniserInfo, MemoryPlan)> {
         let (info, graph) = wav2vec::Recogniser::inspect(path, &options(engine))?;
-        let cpu = Cpu::new(engine.threads)?;
+        let backend = backend(engine, &Arc::new(Cpu::new(engine.threads)?));
         let samples = (seconds.max(0.0) * f64::from(wav2vec::SAMPLE_RATE)) as usize;
         let samples = samples.max(info.config.receptive_field());
-        let memory = plan_memory(&graph, &Bindings::new().with("N", samples), &cpu)?;
+        let memory = backend.plan(&graph, &Bindings::new().with("N", samples))?;
         let part = |name, bytes| MemoryUse { name, bytes };
         let parts = vec![
             part("program", PROGRAM_BYTES),

@@ -14,6 +14,15 @@ pub trait Backend: Send + Sync {
     /// The device, for people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
+    /// Bytes read and written in a second by a large copy in the device's own memory, measured now: what speeds are held
+    /// against. `None` for the processor, whose limits are measured by other means.
+    ///
+    /// # Errors
+    /// Memory that cannot be had, and a device that fails.
+    fn copy_rate(&self) -> Result<Option<f64>> {
+        Ok(None)
+    }
+
     /// Bytes that a program of `graph` takes under `bindings`, by use, from shapes alone: nothing is allocated.
     ///
     /// # Errors

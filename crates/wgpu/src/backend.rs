@@ -1,6 +1,7 @@
 //! The backend: an open device that compiles graphs.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use pocketglm_graph::ops::Op;
 use pocketglm_graph::{Backend, Bindings, Graph, Program, ProgramMemory, Result, Value};
@@ -52,6 +53,25 @@ impl Backend for WgpuBackend {
         format!("gpu {}", self.device.info)
     }
 
+    fn copy_rate(&self) -> Result<Option<f64>> {
+        const ROUNDS: u64 = 20;
+        let bytes = (512u64 << 20).min(self.device.limits.max_buffer_size / 4) / 4 * 4;
+        let buffers = [self.device.storage("copy", bytes)?, self.device.storage("copy", bytes)?];
+        let mut best = f64::INFINITY;
+        // The first time clears the buffers too, so it does not count.
+        for _ in 0..3 {
+            let mut encoder = self.device.device.create_command_encoder(&Default::default());
+            for _ in 0..ROUNDS {
+                encoder.copy_buffer_to_buffer(&buffers[0].raw, 0, &buffers[1].raw, 0, bytes);
+            }
+            let start = Instant::now();
+            let index = self.device.submit(encoder)?;
+            self.device.wait(index)?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(Some((2 * bytes * ROUNDS) as f64 / best.max(1e-9)))
+    }
+
     fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
         memory_of(&self.device, graph, bindings)
     }
@@ -63,7 +83,7 @@ impl Backend for WgpuBackend {
 
 /// Bytes of a graph on the device, from shapes alone.
 pub(crate) fn memory_of(device: &Device, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
-    let places = Places::new(graph, bindings)?;
+    let places = Places::new(graph, bindings, device.cooperative())?;
     let mut memory = ProgramMemory { activations: places.total as u64 * 4, ..ProgramMemory::default() };
     let kept = graph.kept_as_stored();
     let mut used = vec![false; graph.nodes().len()];

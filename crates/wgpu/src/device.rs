@@ -192,17 +192,21 @@ impl Device {
         })
     }
 
-    /// Lanes of the smallest subgroup, where kernels may use subgroups.
-    pub fn subgroups(&self) -> Option<u32> {
-        let [least, _] = self.subgroup_sizes;
-        (self.features.contains(wgpu::Features::SUBGROUP) && least >= 8).then_some(least)
+    /// Whether kernels may use subgroups: theirs are of eight lanes at least.
+    pub fn subgroups(&self) -> bool {
+        self.features.contains(wgpu::Features::SUBGROUP) && self.subgroup_sizes[0] >= 8
+    }
+
+    /// Whether the kernels' shapes were measured on devices of this vendor.
+    pub fn is_nvidia(&self) -> bool {
+        const NVIDIA: u32 = 0x10de;
+        self.vendor == NVIDIA
     }
 
     /// Whether kernels may use cooperative matrices: drivers of other vendors are known to offer emulated or broken ones.
     pub fn cooperative(&self) -> bool {
-        const NVIDIA: u32 = 0x10de;
         let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16;
-        self.vendor == NVIDIA && self.subgroup_sizes == [32, 32] && self.features.contains(wanted)
+        self.is_nvidia() && self.subgroup_sizes == [32, 32] && self.features.contains(wanted)
     }
 
     /// An error that names this device.

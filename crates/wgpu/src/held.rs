@@ -9,7 +9,7 @@ use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
 
 use crate::device::{Buffer, Device};
 use crate::state::KvLayout;
-use crate::weights::{Form, Matrix, Piece};
+use crate::weights::{Form, Kind, Matrix, Piece};
 
 /// Elements above which a table has a buffer of its own.
 const TABLE: usize = 1 << 20;
@@ -53,6 +53,9 @@ fn parts_of(node: &Node) -> Option<(Vec<(Value, Option<Value>)>, bool)> {
         Op::Linear(l @ Linear { parts, .. }) => Some((list(parts, l.first_weight()), false)),
         Op::Qkv(q @ Qkv { parts, .. }) => Some((list(parts, q.first_weight()), true)),
         Op::MatMul(_) => Some((vec![(node.inputs[1], None)], false)),
+        Op::FrameConv(c) if c.groups == 1 => {
+            Some((vec![(node.inputs[1], c.bias.then(|| node.inputs[2]))], false))
+        }
         _ => None,
     }
 }
@@ -144,6 +147,13 @@ impl Held {
         let Vectors { values, places } = vectors;
         let vectors = device.upload("vectors", bytemuck::cast_slice(&values))?;
         Ok(Held { matrices, products, tables, places, vectors, large, states })
+    }
+}
+
+impl Held {
+    /// Whether every matrix is in f32, so that results are to be as exact.
+    pub fn is_exact(&self) -> bool {
+        self.matrices.iter().all(|m| m.form.kind == Kind::F32)
     }
 }
 

@@ -32,8 +32,12 @@ pub(crate) fn padded(elements: usize) -> usize {
 }
 
 impl Places {
-    pub fn new(graph: &Graph, bindings: &Bindings) -> Result<Places> {
-        let plan = Plan::aligned(graph, bindings, ALIGN, &scratch)?;
+    /// Places for the sizes in `bindings`; `halves` makes room for rows of x in half precision, which the kernels on
+    /// cooperative matrices take.
+    pub fn new(graph: &Graph, bindings: &Bindings, halves: bool) -> Result<Places> {
+        let plan = Plan::aligned(graph, bindings, ALIGN, &|node, inputs, outputs| {
+            scratch(node, inputs, outputs).saturating_add(if halves { half_rows(node, inputs) } else { 0 })
+        })?;
         let (mut written, mut at) = (HashMap::new(), 0usize);
         for (i, node) in graph.nodes().iter().enumerate().filter(|(_, n)| is_written(&n.op) && !n.load_time) {
             let _ = node;
@@ -71,6 +75,7 @@ fn scratch(node: &Node, inputs: &[Vec<usize>], outputs: &[Vec<usize>]) -> usize 
         }
         Op::Linear(l) => normed(&l.norm),
         Op::Qkv(q) => normed(&q.norm),
+        Op::TopK(t) if t.k == 1 => 2 * ARGMAX_GROUPS,
         Op::Attention(a) if inputs[0][0] == 1 => {
             a.heads * MOST_SPLITS * (a.head_dim.next_multiple_of(4) + 2) + 2 * ALIGN
         }
@@ -78,8 +83,24 @@ fn scratch(node: &Node, inputs: &[Vec<usize>], outputs: &[Vec<usize>]) -> usize 
     }
 }
 
-/// Most parts that the keys of a decode step are split into.
-pub(crate) const MOST_SPLITS: usize = 64;
+/// Workgroups that look for the largest element of a row.
+pub(crate) const ARGMAX_GROUPS: usize = 128;
+
+/// Most parts that the keys of a decode step are split into: what the kernel that joins them has room for.
+pub(crate) const MOST_SPLITS: usize = 256;
+
+/// Rows of x from which on a product runs on cooperative matrices.
+pub(crate) const COOPERATIVE_ROWS: usize = 32;
+
+/// Elements of the rows of x in half precision, padded to whole blocks; they stand behind the other working memory.
+pub(crate) fn half_rows(node: &Node, inputs: &[Vec<usize>]) -> usize {
+    let k = inputs.first().and_then(|x| x.last()).copied().unwrap_or(0);
+    let m: usize = inputs.first().map_or(0, |x| x.iter().rev().skip(1).product());
+    match &node.op {
+        Op::Linear(_) | Op::Qkv(_) if m >= COOPERATIVE_ROWS => padded(m * k.next_multiple_of(32) / 2),
+        _ => 0,
+    }
+}
 
 /// What is bound to one number of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq)]

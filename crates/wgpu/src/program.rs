@@ -73,7 +73,7 @@ impl WgpuProgram {
     }
 
     fn recipe(&self, bindings: &Bindings) -> Result<Recipe> {
-        let places = Places::new(&self.graph, bindings)?;
+        let places = Places::new(&self.graph, bindings, self.device.cooperative())?;
         let mut lowering = Lowering {
             device: &self.device,
             graph: &self.graph,

@@ -109,6 +109,11 @@ impl Form {
         }
     }
 
+    /// The same for kernels on cooperative matrices.
+    pub fn define_cooperative(&self, variant: Variant) -> Variant {
+        self.define(variant).flag_if(!self.is_quantised(), "W_FLOAT")
+    }
+
     /// The same for kernels that read single values and have their zero as a constant.
     pub fn define_zero(&self, variant: Variant) -> Variant {
         let variant = self.define(variant);

@@ -1,13 +1,13 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-const WG = 256u;
-const MF = 4u;                 // 16-row pieces of a subgroup
-const SGN = 4u;                // subgroups along n; WG / 32 / SGN along m
 const BM = WG / 32u / SGN * MF * 16u;
-const BN = SGN * 32u;
+const BN = SGN * NF * 16u;
 const LD = 10u;                // row of a tile in vec4<f16>: 32 f16 and 8 of padding, free of bank conflicts
 const NA = BM * 8u / WG;       // vec4 of x a thread moves for a step of 32
-const NB = (BN * 2u + WG - 1u) / WG;  // halves of a block of W a thread moves
+const NB = (BN * PER + WG - 1u) / WG;  // units of W a thread moves
+alias MA = coop_mat16x16<f16, A>;
+alias MB = coop_mat16x16<f16, B>;
+alias MC = coop_mat16x16<f32, C>;
 //#include "shared/gemm_params.wgsl"
 //#include "shared/gemm_coop_load.wgsl"
 //#if X16
@@ -23,25 +23,15 @@ const NB = (BN * 2u + WG - 1u) / WG;  // halves of a block of W a thread moves
 @group(0) @binding(7) var<storage, read_write> res: array<f32>;
 //#endif
 //#include "shared/gemm_epilogue.wgsl"
-//#if SCALAR
-var<workgroup> xs: array<f16, BM * LD * 4u>;
-var<workgroup> wsh: array<f16, BN * LD * 4u>;
-//#else
-var<workgroup> xs: array<H4, BM * LD>;
-var<workgroup> wsh: array<H4, BN * LD>;
-//#endif
-var<workgroup> st: array<f32, 4u * 16u * 36u>;   // four 16 x 32 pieces of the result
+var<workgroup> xs: array<H4, NBUF * BM * LD>;
+var<workgroup> wsh: array<H4, NBUF * BN * LD>;
+var<workgroup> st: array<f32, SLOTS * 16u * 36u>;   // 16 x 32 pieces of the result
 //#if X16
-var<private> xr: array<H4, NA>;
+alias Xr = array<H4, NA>;
 //#else
-var<private> xr: array<vec4<f32>, NA>;
+alias Xr = array<vec4<f32>, NA>;
 //#endif
-//#if SCALAR
-const UNIT = 4u;
-//#else
-const UNIT = 1u;
-//#endif
-var<private> wr: array<Raw, NB>;
+alias Wr = array<Raw, NB>;
 
 // The row of the binding behind row l of the tile at c0, clamped. SWIGLU: 16 gate rows, then the 16 up rows beside them.
 fn w_row(c0: u32, l: u32) -> u32 {
@@ -53,40 +43,33 @@ fn w_row(c0: u32, l: u32) -> u32 {
 //#endif
 }
 
-fn fetch(m0: u32, n0: u32, b: u32, t: u32) {
+fn fetch(xr: ptr<function, Xr>, wr: ptr<function, Wr>, m0: u32, n0: u32, b0: u32, t: u32) {
+  let b = min(b0, p.kb - 1u);   // a step past the end reloads the last one, for nothing
   for (var e = 0u; e < NA; e++) {
     let i = e * WG + t; let r = min(m0 + (i >> 3u), p.m - 1u); let c = i & 7u;
     let o = p.x_off + r * p.x_stride + b * 8u + c;
 //#if X16
-    xr[e] = x[o];
+    (*xr)[e] = x[o];
 //#else
-    xr[e] = vec4<f32>(0.0);
-    if (b * 32u + c * 4u < p.k) { xr[e] = x[o]; }
+    (*xr)[e] = vec4<f32>(0.0);
+    if (b * 32u + c * 4u < p.k) { (*xr)[e] = x[o]; }
 //#endif
   }
   for (var e = 0u; e < NB; e++) {
     let i = e * WG + t;
-    wr[e] = raw(w_row(n0, min(i >> 1u, BN - 1u)), b, i & 1u);
+    (*wr)[e] = raw(w_row(n0, min(i / PER, BN - 1u)), b, i % PER);
   }
 }
 
-fn store(t: u32) {
-  for (var e = 0u; e < NA; e++) {
-    let i = e * WG + t; let o = (i >> 3u) * LD + (i & 7u);
-//#if SCALAR
-    let v = H4(xr[e]);
-    xs[o * 4u] = v.x; xs[o * 4u + 1u] = v.y; xs[o * 4u + 2u] = v.z; xs[o * 4u + 3u] = v.w;
-//#else
-    xs[o] = H4(xr[e]);
-//#endif
-  }
+fn store(xr: ptr<function, Xr>, wr: ptr<function, Wr>, xo: u32, wo: u32, t: u32) {
+  for (var e = 0u; e < NA; e++) { let i = e * WG + t; xs[xo + (i >> 3u) * LD + (i & 7u)] = H4((*xr)[e]); }
   for (var e = 0u; e < NB; e++) {
     let i = e * WG + t;
-    if (NB * WG == BN * 2u || i < BN * 2u) {
-      let o = (i >> 1u) * LD + 4u * (i & 1u);
-      let v = sixteen(wr[e]);
-//#if SCALAR
-      for (var c = 0u; c < 4u; c++) { let h = v[c]; let q = (o + c) * 4u; wsh[q] = h.x; wsh[q + 1u] = h.y; wsh[q + 2u] = h.z; wsh[q + 3u] = h.w; }
+    if (NB * WG == BN * PER || i < BN * PER) {
+      let o = wo + (i / PER) * LD + (8u / PER) * (i % PER);
+      let v = halves((*wr)[e]);
+//#if W_FLOAT
+      wsh[o] = v[0];
 //#else
       wsh[o] = v[0]; wsh[o + 1u] = v[1]; wsh[o + 2u] = v[2]; wsh[o + 3u] = v[3];
 //#endif

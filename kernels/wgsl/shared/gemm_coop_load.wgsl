@@ -1,15 +1,17 @@
-// Half a block (16 weights) of W from memory to registers, then as f16 to workgroup memory: v = s * (q - zero) [+ m].
+// What a thread moves of W: 4 weights of a float format, else half a block (16), from memory to registers, then as f16 to
+// workgroup memory: v = s * (q - zero) [+ m].
+alias H4 = vec4<f16>;
 //#if W_F32
 @group(0) @binding(1) var<storage, read> wq: array<vec4<f32>>;
-struct Raw { a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32> }
+alias Raw = vec4<f32>;
 //#else
 //#if W_F16
-@group(0) @binding(1) var<storage, read> wq: array<vec4<f16>>;
-struct Raw { a: vec4<f16>, b: vec4<f16>, c: vec4<f16>, d: vec4<f16> }
+@group(0) @binding(1) var<storage, read> wq: array<H4>;
+alias Raw = H4;
 //#else
 //#if W_BF16
-@group(0) @binding(1) var<storage, read> wq: array<vec4<u32>>;
-struct Raw { a: vec4<u32>, b: vec4<u32> }
+@group(0) @binding(1) var<storage, read> wq: array<vec2<u32>>;
+alias Raw = vec2<u32>;
 //#else
 //#if BITS8
 @group(0) @binding(1) var<storage, read> wq: array<vec4<u32>>;
@@ -30,19 +32,14 @@ struct Raw { q: vec2<u32>, s: u32, m: u32 }
 //#endif
 //#endif
 //#endif
-alias H4 = vec4<f16>;
 
+//#if W_FLOAT
+const PER = 8u;   // units of a row in a step of 32
+fn raw(row: u32, b: u32, h: u32) -> Raw { return wq[(row * p.kb + b) * 8u + h]; }
+//#else
+const PER = 2u;
 fn raw(row: u32, b: u32, h: u32) -> Raw {
   let j = (row * p.kb + b) * 2u + h;
-//#if W_F32
-  return Raw(wq[4u * j], wq[4u * j + 1u], wq[4u * j + 2u], wq[4u * j + 3u]);
-//#else
-//#if W_F16
-  return Raw(wq[4u * j], wq[4u * j + 1u], wq[4u * j + 2u], wq[4u * j + 3u]);
-//#else
-//#if W_BF16
-  return Raw(wq[2u * j], wq[2u * j + 1u]);
-//#else
 //#if GROUP16
   let g = row * p.groups + 2u * b + h;
 //#else
@@ -54,22 +51,17 @@ fn raw(row: u32, b: u32, h: u32) -> Raw {
 //#else
   return Raw(wq[j], ws[g >> 1u] >> sh, 0u);
 //#endif
-//#endif
-//#endif
-//#endif
 }
+//#endif
 
-//#if W_F32
-fn sixteen(r: Raw) -> array<H4, 4> { return array<H4, 4>(H4(r.a), H4(r.b), H4(r.c), H4(r.d)); }
-//#else
-//#if W_F16
-fn sixteen(r: Raw) -> array<H4, 4> { return array<H4, 4>(r.a, r.b, r.c, r.d); }
-//#else
+//#if W_FLOAT
 //#if W_BF16
-fn two(w: vec2<u32>) -> H4 {
-  return H4(vec4<f32>(bitcast<f32>(w.x << 16u), bitcast<f32>(w.x & 0xffff0000u), bitcast<f32>(w.y << 16u), bitcast<f32>(w.y & 0xffff0000u)));
+fn halves(r: Raw) -> array<H4, 1> {
+  return array<H4, 1>(H4(vec4<f32>(bitcast<f32>(r.x << 16u), bitcast<f32>(r.x & 0xffff0000u), bitcast<f32>(r.y << 16u), bitcast<f32>(r.y & 0xffff0000u))));
 }
-fn sixteen(r: Raw) -> array<H4, 4> { return array<H4, 4>(two(r.a.xy), two(r.a.zw), two(r.b.xy), two(r.b.zw)); }
+//#else
+fn halves(r: Raw) -> array<H4, 1> { return array<H4, 1>(H4(r)); }
+//#endif
 //#else
 // Four codes, which `mask` leaves in place of bytes 0 and 1 of w and of u = w >> 16. 2^23 + code * at is the bit pattern
 // 0x4b000000 | bits, so a subtraction of that with the zero point makes it a float exactly; s is the scale.
@@ -86,7 +78,7 @@ fn four(w: u32, u: u32, mask: u32, at: f32, s: f32, m: f32) -> H4 {
 }
 //#if BITS8
 const ZERO_CODE = 128.0;   // a signed byte with its top bit flipped
-fn sixteen(r: Raw) -> array<H4, 4> {
+fn halves(r: Raw) -> array<H4, 4> {
   let v = r.q ^ vec4<u32>(0x80808080u);
   let s = unpack2x16float(r.s).x;
   let m = unpack2x16float(r.m).x - 128.0 * s;
@@ -96,21 +88,19 @@ fn sixteen(r: Raw) -> array<H4, 4> {
 //#else
 //#if BITS2
 const ZERO_CODE = 2.0;
-fn sixteen(r: Raw) -> array<H4, 4> {
+fn halves(r: Raw) -> array<H4, 4> {
   let s = unpack2x16float(r.s).x; let m = unpack2x16float(r.m).x;
   let v = r.q; let u = v >> 16u;
   return array<H4, 4>(four(v, u, 3u, 1.0, s, m), four(v, u, 0xcu, 4.0, s, m), four(v, u, 0x30u, 16.0, s, m), four(v, u, 0xc0u, 64.0, s, m));
 }
 //#else
 const ZERO_CODE = 8.0;
-fn sixteen(r: Raw) -> array<H4, 4> {
+fn halves(r: Raw) -> array<H4, 4> {
   let s = unpack2x16float(r.s).x; let m = unpack2x16float(r.m).x;
   let u = r.q >> vec2<u32>(16u);
   return array<H4, 4>(four(r.q.x, u.x, 0xfu, 1.0, s, m), four(r.q.x, u.x, 0xf0u, 16.0, s, m),
                       four(r.q.y, u.y, 0xfu, 1.0, s, m), four(r.q.y, u.y, 0xf0u, 16.0, s, m));
 }
-//#endif
-//#endif
 //#endif
 //#endif
 //#endif

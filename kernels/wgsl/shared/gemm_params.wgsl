@@ -8,5 +8,6 @@ struct P {
   y_off: u32, y_stride: u32,
   res_off: u32, res_stride: u32,
   row0: u32, tiles_m: u32,      // first row of this chunk of W, for y and bias
+  n_begin: u32, pad0: u32, pad1: u32, pad2: u32,   // first column of this dispatch (another tile shape does the rest)
 }
 @group(0) @binding(0) var<uniform> p: P;

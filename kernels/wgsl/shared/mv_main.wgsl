@@ -29,15 +29,22 @@ fn row_at(i: u32, r: u32) -> u32 {
 }
 
 //#if QKV
-// Bias, rotary embedding of adjacent pairs, q to y, k and v to row `past` of the state (KV_STAGE: to y, after q).
-fn put_pair(row: u32, s0: f32, s1: f32) {
-  let bv = vecw[p.bias_off + row / 4u];
-  var a = s0 + bv[row & 3u]; var b = s1 + bv[(row & 3u) + 1u];
-  let d = row % p.head_dim;
-  if (row < p.q_rows + p.kv_rows && d < p.rot) {
-    let c = y[p.rope_off + d / 2u]; let s = y[p.rope_off + p.rot / 2u + d / 2u];
-    let a1 = a * c - b * s; b = b * c + a * s; a = a1;
+// What the epilogue of an item needs from memory, asked for before its weights: bias, and cosine and sine (1, 0 where
+// nothing rotates) of each pair of rows.
+var<private> pre_bias: array<vec2<f32>, R / 2u>;
+var<private> pre_rope: array<vec2<f32>, R / 2u>;
+fn prepare(i: u32) {
+  for (var r = 0u; r < R / 2u; r++) {
+    let row = min(i * R + 2u * r, p.n - 2u); let d = row % p.head_dim;
+    let bv = vecw[p.bias_off + row / 4u];
+    pre_bias[r] = select(bv.xy, bv.zw, (row & 2u) != 0u);
+    pre_rope[r] = vec2<f32>(1.0, 0.0);
+    if (row < p.q_rows + p.kv_rows && d < p.rot) { pre_rope[r] = vec2<f32>(y[p.rope_off + d / 2u], y[p.rope_off + p.rot / 2u + d / 2u]); }
   }
+}
+// Bias, rotary embedding of adjacent pairs, q to y, k and v to row `past` of the state (KV_STAGE: to y, after q).
+fn put_pair(row: u32, s: vec2<f32>, rope: vec2<f32>) {
+  let a = s.x * rope.x - s.y * rope.y; let b = s.y * rope.x + s.x * rope.y;
 //#if KV_STAGE
   y[p.y_off + row] = a; y[p.y_off + row + 1u] = b;
 //#else
@@ -65,7 +72,7 @@ fn put_pair(row: u32, s0: f32, s1: f32) {
 fn finish(i: u32) {
   for (var r = 0u; r < R * MB; r++) { tot[r] *= p.factor; }
 //#if QKV
-  for (var r = 0u; r < R; r += 2u) { if (i * R + r < p.n) { put_pair(i * R + r, tot[r], tot[r + 1u]); } }
+  for (var r = 0u; r < R; r += 2u) { if (i * R + r < p.n) { put_pair(i * R + r, vec2<f32>(tot[r], tot[r + 1u]) + pre_bias[r / 2u], pre_rope[r / 2u]); } }
 //#else
 //#if SWIGLU
   for (var r = 0u; r < R / 2u; r++) {
@@ -111,6 +118,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
 //#endif
 //#if SUBGROUP
   for (var i = SID * ng + g0; i < items; i += NSG * ng) {
+//#if QKV
+    prepare(i);
+//#endif
     rows(i);
     for (var r = 0u; r < R * MB; r++) { tot[r] = subgroupAdd(acc[r]); }
     if (LANE == 0u) { finish(i); }
@@ -132,7 +142,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec
     }
     // Thread t finishes the item of team t.
     let it = base + t * ng + g0;
-    if (t < NSG && it < items) { finish(it); }
+    if (t < NSG && it < items) {
+//#if QKV
+      prepare(it);
+//#endif
+      finish(it);
+    }
   }
 //#endif
 }

@@ -1,9 +1,9 @@
 // x -> workgroup memory: h = x + rms(prev) * w1 (RESID; workgroup 0 also writes h), v = rms(h) * w2 (NORM), then int8
 // per 32 with scale (QUANT) or f32. Thread t holds vec4 t, t + WG, ... (NV of them), so 8 neighbours hold a block of 32.
-// All loads are issued before the first barrier. Sums over the workgroup run as subgroup or tree sums: f32 rounding only.
+// All loads are issued before the first barrier. Sums over the workgroup run as subgroup or tree sums, and |h| comes from its
+// expansion (below): f32 rounding only, unless h nearly cancels.
 const NV = 4u;     // ceil(k / 4 / WG)
 const KB = 128u;   // blocks of 32 that fit: at least p.kb
-const SGMIN = 8u;  // smallest subgroup of the device
 //#if QUANT
 var<workgroup> xa: array<vec4<u32>, KB>;  // values 0..15 of block b
 var<workgroup> xb: array<vec4<u32>, KB>;  // values 16..31
@@ -11,25 +11,28 @@ var<workgroup> xd: array<vec2<f32>, KB>;  // scale, scale * sum of the codes
 //#else
 var<workgroup> xf: array<vec4<f32>, KB * 8u>;
 //#endif
-var<workgroup> psum: array<f32, 2u * WG + 32u>;
+//#if SUBGROUP
+var<workgroup> psum: array<vec4<f32>, WG / 8u>;   // subgroups of 8 lanes or more
+//#else
+var<workgroup> psum: array<vec4<f32>, WG + 16u>;
+//#endif
 var<private> pv: array<vec4<f32>, NV>;
 
-fn wg_sum(v: f32, t: u32, at: u32) -> f32 {
-  var s = 0.0;
+fn wg_sum(v: vec4<f32>, t: u32) -> vec4<f32> {
+  var s = vec4<f32>(0.0);
 //#if SUBGROUP
   let part = subgroupAdd(v);
-  if (LANE == 0u) { psum[at + SID] = part; }
+  if (LANE == 0u) { psum[SID] = part; }
   workgroupBarrier();
-  for (var i = 0u; i < WG / SGMIN; i++) { s += select(0.0, psum[at + i], i < NSG); }
+  for (var i = LANE; i < NSG; i += TEAM) { s += psum[i]; }
+  s = subgroupAdd(s);
 //#else
-  psum[at + t] = v;
+  psum[t] = v;
   workgroupBarrier();
-  var q = 0.0;
-  if (t < 16u) { for (var i = t; i < WG; i += 16u) { q += psum[at + i]; } }
+  if (t < 16u) { for (var i = t; i < WG; i += 16u) { s += psum[i]; } psum[WG + t] = s; }
   workgroupBarrier();
-  if (t < 16u) { psum[at + t] = q; }
-  workgroupBarrier();
-  for (var i = 0u; i < 16u; i++) { s += psum[at + i]; }
+  s = vec4<f32>(0.0);
+  for (var i = 0u; i < 16u; i++) { s += psum[WG + i]; }
 //#endif
   return s;
 }
@@ -37,7 +40,7 @@ fn wg_sum(v: f32, t: u32, at: u32) -> f32 {
 fn prologue(t: u32, first: bool) {
   let k4 = p.kb * 8u; let real = (p.k + 3u) / 4u;
 //#if RESID
-  var px: array<vec4<f32>, NV>; var pw: array<vec4<f32>, NV>;
+  var px: array<vec4<f32>, NV>; var pw1: array<vec4<f32>, NV>;
 //#endif
 //#if NORM
   var pn: array<vec4<f32>, NV>;
@@ -45,9 +48,15 @@ fn prologue(t: u32, first: bool) {
   for (var i = 0u; i < NV; i++) {
     let j = i * WG + t;
     pv[i] = vec4<f32>(0.0);
+//#if RESID
+    px[i] = pv[i]; pw1[i] = pv[i];
+//#endif
+//#if NORM
+    pn[i] = pv[i];
+//#endif
     if (j < real) {
 //#if RESID
-      pv[i] = act[p.prev_off + j]; px[i] = act[p.x_off + j]; pw[i] = vecw[p.w1_off + j];
+      pv[i] = act[p.prev_off + j]; px[i] = act[p.x_off + j]; pw1[i] = vecw[p.w1_off + j];
 //#else
       pv[i] = act[p.x_off + j];
 //#endif
@@ -57,22 +66,29 @@ fn prologue(t: u32, first: bool) {
     }
   }
 //#if RESID
-  var s1 = 0.0;
-  for (var i = 0u; i < NV; i++) { s1 += dot(pv[i], pv[i]); }
-  let r1 = inverseSqrt(wg_sum(s1, t, 0u) / f32(p.k) + p.eps);
+  // One reduction for both norms: |h|^2 = |x|^2 + 2 r (x . pw) + r^2 |pw|^2 with pw = prev * w1, r = 1 / rms(prev).
+  var s = vec4<f32>(0.0);
+  for (var i = 0u; i < NV; i++) {
+    let pw = pv[i] * pw1[i];
+    s += vec4<f32>(dot(pv[i], pv[i]), dot(px[i], px[i]), dot(px[i], pw), dot(pw, pw));
+    pv[i] = pw;
+  }
+  s = wg_sum(s, t);
+  let r1 = inverseSqrt(s.x / f32(p.k) + p.eps);
+  let r2 = inverseSqrt((s.y + 2.0 * r1 * s.z + r1 * r1 * s.w) / f32(p.k) + p.eps);
   for (var i = 0u; i < NV; i++) {
     let j = i * WG + t;
-    if (j < real) {
-      pv[i] = px[i] + pv[i] * r1 * pw[i];
-      if (first) { act[p.h_off + j] = pv[i]; }
-    }
+    pv[i] = px[i] + pv[i] * r1;
+    if (first && j < real) { act[p.h_off + j] = pv[i]; }
+    pv[i] *= r2 * pn[i];
   }
-//#endif
+//#else
 //#if NORM
-  var s2 = 0.0;
-  for (var i = 0u; i < NV; i++) { s2 += dot(pv[i], pv[i]); }
-  let r2 = inverseSqrt(wg_sum(s2, t, WG) / f32(p.k) + p.eps);
-  for (var i = 0u; i < NV; i++) { if (i * WG + t < real) { pv[i] = pv[i] * r2 * pn[i]; } }
+  var s = vec4<f32>(0.0);
+  for (var i = 0u; i < NV; i++) { s.x += dot(pv[i], pv[i]); }
+  let r2 = inverseSqrt(wg_sum(s, t).x / f32(p.k) + p.eps);
+  for (var i = 0u; i < NV; i++) { pv[i] *= r2 * pn[i]; }
+//#endif
 //#endif
 //#if QUANT
   for (var i = 0u; i < NV; i++) {
@@ -83,9 +99,9 @@ fn prologue(t: u32, first: bool) {
     m = max(m, subgroupShuffleXor(m, 1u)); m = max(m, subgroupShuffleXor(m, 2u)); m = max(m, subgroupShuffleXor(m, 4u));
 //#else
     workgroupBarrier();
-    psum[t] = m;
+    psum[t].x = m;
     workgroupBarrier();
-    for (var e = 0u; e < 8u; e++) { m = max(m, psum[(t & ~7u) + e]); }
+    for (var e = 0u; e < 8u; e++) { m = max(m, psum[(t & ~7u) + e].x); }
 //#endif
     let inv = select(0.0, 127.0 / m, m > 0.0);
     let q = pack4xI8(vec4<i32>(round(pv[i] * inv)));
@@ -93,10 +109,10 @@ fn prologue(t: u32, first: bool) {
 //#if SUBGROUP
     sum += subgroupShuffleXor(sum, 1u); sum += subgroupShuffleXor(sum, 2u); sum += subgroupShuffleXor(sum, 4u);
 //#else
-    psum[WG + t] = f32(sum);
+    psum[t].y = f32(sum);
     workgroupBarrier();
     var fs = 0.0;
-    for (var e = 0u; e < 8u; e++) { fs += psum[WG + (t & ~7u) + e]; }
+    for (var e = 0u; e < 8u; e++) { fs += psum[(t & ~7u) + e].y; }
     sum = i32(fs);
 //#endif
     if (j < k4) {

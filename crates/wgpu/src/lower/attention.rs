@@ -54,11 +54,16 @@ impl Lowering<'_> {
             let bound = self.bound(v)?;
             kv.push(match (bound.slot, self.shape(v)) {
                 (Slot::State(_), [_, _, _]) => {
-                    Keys { slot: bound.slot, first: 0, stride: 0, layout: Some(self.cache(v)?.0) }
+                    let (layout, capacity) = self.cache(v)?;
+                    Keys { slot: bound.slot, first: 0, stride: 0, layout: Some(layout), capacity }
                 }
-                (_, &[_, width]) => {
-                    Keys { slot: bound.slot, first: bound.at + a.columns[i], stride: width, layout: None }
-                }
+                (_, &[_, width]) => Keys {
+                    slot: bound.slot,
+                    first: bound.at + a.columns[i],
+                    stride: width,
+                    layout: None,
+                    capacity: 0,
+                },
                 _ => return Err(self.unsupported("keys of another rank")),
             });
         }
@@ -113,19 +118,14 @@ impl Lowering<'_> {
     fn flash(&mut self, a: &Attention, c: &Call) -> Result<()> {
         let (group, four) = (a.heads / a.kv_heads, a.head_dim / 4);
         let split = c.t == 1 && c.mask.segments.is_none();
-        let (rows, tile, workgroup) = self.flash_tile(four, split.then_some(group));
-        let mut variant = Variant::new("flash_attention.wgsl")
-            .value("WG", workgroup as u32)
-            .value("BQ", rows as u32)
-            .value("KT", tile as u32)
-            .value("D4", four as u32)
-            .flag_if(c.mask.segments.is_none(), "CAUSAL")
-            .flag_if(split, "SPLIT");
+        let (variant, rows) = self.flash_variant(a, c, split);
+        let mut variant = variant.flag_if(split, "SPLIT");
         let mut stride = [c.keys.stride / 4, c.values.stride / 4];
         if let Some(layout) = c.keys.layout {
             let head = if layout.format == KvFormat::Int8 { four + 1 } else { four };
             stride = [a.kv_heads * head; 2];
-            if layout.format != KvFormat::F32 {
+            // The kernel of one token knows no other format.
+            if layout.format != KvFormat::F32 && variant.file() != "attention_decode_coop.wgsl" {
                 variant = variant.flag(layout.flag());
             }
         }
@@ -149,6 +149,10 @@ impl Lowering<'_> {
         slots.push((4, o.slot));
         let (keys, tiles) = (&a.keys, (c.t * group).div_ceil(rows));
         let (of, parts) = match split {
+            // The kernel of one token takes 64 keys in each part, however many parts that makes.
+            true if variant.file() == "attention_decode_coop.wgsl" => {
+                (Word::U(64), Word::Of(keys.clone(), |keys| keys.div_ceil(64).max(1)))
+            }
             true => (Word::Of(keys.clone(), split_of), Word::Of(keys.clone(), splits_of)),
             false => (Word::U(1 << 30), Word::U(1)),
         };
@@ -184,6 +188,41 @@ impl Lowering<'_> {
         self.dispatch(variant, &[(1, o.slot), (2, sums.slot), (3, c.y.slot)], words, a.heads)
     }
 
+    /// The kernel, and how many rows (pairs of a token and a head of a group) a workgroup owns.
+    fn flash_variant(&self, a: &Attention, c: &Call, split: bool) -> (Variant, usize) {
+        let (group, four) = (a.heads / a.kv_heads, a.head_dim / 4);
+        let format = c.keys.layout.map_or(KvFormat::F32, |l| l.format);
+        let causal = c.mask.segments.is_none();
+        let limit = self.device.limits.max_compute_workgroup_storage_size;
+        // Half precision is enough where weights have no more; a model in f32 keeps to f32.
+        if self.device.cooperative() && !self.held.is_exact() && limit >= 32 << 10 {
+            let fits = c.keys.capacity <= 64 * MOST_SPLITS;
+            let decodes = split && fits && format == KvFormat::F16 && a.head_dim == 128 && group == 16;
+            if decodes {
+                return (Variant::new("attention_decode_coop.wgsl"), 16);
+            }
+            let file = match a.head_dim {
+                64 => Some("flash_attention_coop_64.wgsl"),
+                80 => Some("flash_attention_coop_80.wgsl"),
+                128 => Some("flash_attention_coop_128.wgsl"),
+                _ => None,
+            };
+            if let Some(file) = file.filter(|_| !split && c.t >= 16 && format != KvFormat::Int8) {
+                let subgroups = if limit >= 47 << 10 { 8 } else { 4 };
+                let variant = Variant::new(file).value("NS", subgroups).flag_if(causal, "CAUSAL");
+                return (variant, 16 * subgroups as usize);
+            }
+        }
+        let (rows, tile, workgroup) = self.flash_tile(four, split.then_some(group));
+        let variant = Variant::new("flash_attention.wgsl")
+            .value("WG", workgroup as u32)
+            .value("BQ", rows as u32)
+            .value("KT", tile as u32)
+            .value("D4", four as u32)
+            .flag_if(causal, "CAUSAL");
+        (variant, rows)
+    }
+
     /// Rows and keys of a tile and the invocations of a workgroup: as much as workgroup memory holds.
     fn flash_tile(&self, four: usize, group: Option<usize>) -> (usize, usize, usize) {
         let limit = self.device.limits.max_compute_workgroup_storage_size as usize;
@@ -211,6 +250,8 @@ struct Keys {
     first: usize,
     stride: usize,
     layout: Option<KvLayout>,
+    /// Rows that a cache has room for.
+    capacity: usize,
 }
 
 struct Mask {
@@ -247,9 +288,12 @@ impl Call {
     }
 }
 
-/// Keys of each part of a decode step: whole tiles, and not more than [`MOST_SPLITS`] parts.
+/// Parts of a decode step that keep a device busy.
+const USUAL_SPLITS: usize = 64;
+
+/// Keys of each part of a decode step: whole tiles, and about [`USUAL_SPLITS`] parts.
 fn split_of(keys: usize) -> usize {
-    keys.div_ceil(MOST_SPLITS).next_multiple_of(32).max(64)
+    keys.div_ceil(USUAL_SPLITS).next_multiple_of(32).max(64)
 }
 
 /// Parts of a decode step.

@@ -1,17 +1,19 @@
 //! Matrix products: linear layers with what was fused into them, and batches.
 
-use pocketglm_graph::ops::{Activation, Linear, LinearNorm, Qkv};
+use pocketglm_graph::ops::{Activation, ConvNorm, FrameConv, Linear, LinearNorm, Qkv};
 use pocketglm_graph::{Node, Result, Value};
 use pocketglm_kernels::Variant;
 
 use super::simple::{Other, activation};
 use super::{Bound, Lowering};
-use crate::plan::{Slot, Word, padded};
+use crate::plan::{COOPERATIVE_ROWS, Slot, Word, padded};
 use crate::weights::{Kind, Matrix};
 
 /// Rows of x against the matrices of the node at work.
 struct Product {
     x: Bound,
+    /// The same rows in half precision, padded to whole blocks.
+    half: Option<Bound>,
     m: usize,
     k: usize,
     activation: Activation,
@@ -19,6 +21,8 @@ struct Product {
     y: Bound,
     /// Elements of a row of y.
     stride: usize,
+    /// Elements from one row of x to the next; rows may overlap.
+    x_stride: usize,
 }
 
 impl Lowering<'_> {
@@ -61,7 +65,9 @@ impl Lowering<'_> {
             false => None,
         };
         let y = self.bound(self.result(0))?;
-        let product = Product { x, m, k, activation: linear.activation, residual, y, stride: n };
+        let half = self.halved(node, x, [m, k])?;
+        let product =
+            Product { x, half, m, k, activation: linear.activation, residual, y, stride: n, x_stride: k };
         if linear.activation != Activation::SwiGlu || self.fuses_swiglu(&product) {
             return self.product(&product);
         }
@@ -85,7 +91,18 @@ impl Lowering<'_> {
         let width = (qkv.heads + 2 * qkv.kv_heads) * qkv.head_dim;
         let y = self.bound(self.result(0))?;
         let activation = Activation::None;
-        self.product(&Product { x, m: t, k: c, activation, residual: None, y, stride: width })?;
+        let half = self.halved(node, x, [t, c])?;
+        self.product(&Product {
+            x,
+            half,
+            m: t,
+            k: c,
+            activation,
+            residual: None,
+            y,
+            stride: width,
+            x_stride: c,
+        })?;
         let table = self.bound(node.inputs[at])?;
         let r = self.shape(node.inputs[at]).last().copied().unwrap_or(0);
         // q and k lie side by side, so one dispatch rotates the heads of both.
@@ -99,6 +116,104 @@ impl Lowering<'_> {
         Ok(())
     }
 
+    pub fn frame_conv(&mut self, node: &Node, conv: &FrameConv) -> Result<()> {
+        let &[frames, channels] = self.shape(node.inputs[0]) else {
+            return Err(self.unsupported("frames of another rank"));
+        };
+        let &[out, outputs] = self.shape(self.result(0)) else {
+            return Err(self.unsupported("frames of another rank"));
+        };
+        let (x, y) = (self.bound(node.inputs[0])?, self.bound(self.result(0))?);
+        let k = conv.kernel * channels / conv.groups.max(1);
+        let mut left = conv.activation;
+        let product = Product {
+            x,
+            half: None,
+            m: out,
+            k,
+            activation: if conv.norm.is_none() { left } else { Activation::None },
+            residual: None,
+            y,
+            stride: outputs,
+            x_stride: conv.stride * channels,
+        };
+        // Without groups and padding, a position is a row that overlaps with the next one.
+        if conv.groups == 1 && conv.padding == [0, 0] && (self.is_tiled(&product) || self.runs().is_err()) {
+            left = if conv.norm.is_none() { Activation::None } else { left };
+            self.product(&product)?;
+        } else {
+            let sizes = [
+                out * outputs,
+                outputs,
+                frames,
+                channels,
+                conv.kernel,
+                conv.stride,
+                conv.padding[0],
+                conv.groups,
+                x.at,
+                y.at,
+            ];
+            self.grouped_conv(node, conv, [x, y], &sizes, k)?;
+        }
+        let at = 2 + usize::from(conv.bias);
+        match conv.norm {
+            None => {}
+            Some(ConvNorm::Layer(eps)) => {
+                let bias = Some(Other::Bias(node.inputs[at + 1]));
+                self.norm_rows(y, [out, outputs], node.inputs[at], bias, eps, y)?;
+            }
+            Some(ConvNorm::Instance(eps)) => {
+                let vectors = [node.inputs[at], node.inputs[at + 1]];
+                self.instance_norm(y, [out, outputs], vectors, eps, y)?;
+            }
+        }
+        match activation(left) {
+            0 => Ok(()),
+            kind => self.map_rows(y, y, out * outputs, kind, 1.0),
+        }
+    }
+
+    /// A convolution with groups or padding.
+    fn grouped_conv(
+        &mut self,
+        node: &Node,
+        conv: &FrameConv,
+        [x, y]: [Bound; 2],
+        sizes: &[usize; 10],
+        k: usize,
+    ) -> Result<()> {
+        let mut variant = Variant::new("frame_conv.wgsl");
+        let mut slots = vec![(4, x.slot), (6, y.slot)];
+        let mut words: Vec<Word> = sizes.iter().map(|&s| Word::from(s)).collect();
+        let mut bias = Word::U(0);
+        if conv.bias {
+            let bound = self.bound(node.inputs[2])?;
+            variant = variant.flag("BIAS");
+            slots.push((5, bound.slot));
+            bias = bound.at.into();
+        }
+        words.push(bias);
+        match self.runs().ok().and_then(|r| r.first().copied()) {
+            Some(run) => {
+                let Some(matrix) = self.held.matrices.get(run.matrix).filter(|m| m.parts.len() == 1) else {
+                    return Err(self.unsupported("a convolution's weight in several bindings"));
+                };
+                variant = matrix.form.define_zero(variant);
+                slots.extend(matrix_slots(run.matrix, 0, matrix));
+                words.extend(plain_words(matrix));
+                words.push(Word::U(0));
+            }
+            None => {
+                let weight = self.bound(node.inputs[1])?;
+                variant = variant.flag("W_VALUES");
+                slots.push((1, weight.slot));
+                words.extend([k.into(), Word::U(0), Word::U(0), Word::U(0), Word::U(0), weight.at.into()]);
+            }
+        }
+        self.element_wise(variant, &slots, words, sizes[0])
+    }
+
     pub fn matmul(&mut self, node: &Node, transposed: bool) -> Result<()> {
         let (a, b) = (node.inputs[0], node.inputs[1]);
         let [m, k] = self.rows_of(a);
@@ -107,7 +222,17 @@ impl Lowering<'_> {
         if self.shape(b).len() == 2 {
             let x = self.bound(a)?;
             let activation = Activation::None;
-            return self.product(&Product { x, m, k, activation, residual: None, y, stride });
+            return self.product(&Product {
+                x,
+                half: None,
+                m,
+                k,
+                activation,
+                residual: None,
+                y,
+                stride,
+                x_stride: k,
+            });
         }
         let (batch, m) = (self.shape(a)[0], self.shape(a)[1]);
         let (x, w) = (self.bound(a)?, self.bound(b)?);
@@ -128,7 +253,7 @@ impl Lowering<'_> {
 
     /// Whether the tiled kernel, which moves four values at a time, can take a product.
     fn is_tiled(&self, p: &Product) -> bool {
-        p.k.is_multiple_of(4) && p.x.at.is_multiple_of(4)
+        p.k.is_multiple_of(4) && p.x.at.is_multiple_of(4) && p.x_stride.is_multiple_of(4)
     }
 
     /// Whether gate and up are one matrix in one binding, so that their product is the kernel's epilogue.
@@ -209,21 +334,26 @@ impl Lowering<'_> {
     ) -> Result<()> {
         let (form, part) = (&matrix.form, &matrix.parts[i]);
         let swiglu = p.activation == Activation::SwiGlu;
-        let cooperative = self.device.cooperative() && form.kind != Kind::F32 && p.m >= 32;
-        let (variant, tile) = match cooperative {
-            // Small products need more and smaller tiles to keep the device busy.
-            true if p.m.div_ceil(128) * part.rows.div_ceil(128) < 264 => {
-                (form.define(Variant::new("gemm_coop_m64.wgsl").value("MF", 2)), [64, 128])
-            }
-            true => (form.define(Variant::new("gemm_coop.wgsl")), [128, 128]),
-            false => (form.define_zero(Variant::new("gemm.wgsl")), [64, 64]),
+        let cooperative = self.is_cooperative(p.m, matrix);
+        let (variant, tile) = if cooperative {
+            let (file, tile) = self.cooperative_tile(p.m, part.rows);
+            (form.define_cooperative(Variant::new(file)), tile)
+        } else {
+            (form.define_zero(Variant::new("gemm.wgsl")), [64, 64])
         };
+        let half = p.half.filter(|_| cooperative);
         let mut variant = variant
+            .flag_if(half.is_some(), "X16")
             .flag_if(swiglu, "SWIGLU")
             .flag_if(p.activation == Activation::Silu, "SILU")
             .flag_if(p.activation == Activation::Gelu, "GELU")
             .flag_if(p.activation == Activation::Relu, "RELU");
-        let mut slots = vec![(4, p.x.slot), (5, p.y.slot)];
+        // Places and strides count four values of either type.
+        let (x, x_at, x_stride) = match half {
+            Some(half) => (half.slot, half.at / 2, form.blocks(p.k) * 8),
+            None => (p.x.slot, p.x.at / 4, p.x_stride / 4),
+        };
+        let mut slots = vec![(4, x), (5, p.y.slot)];
         slots.extend(matrix_slots(run.matrix, i, matrix));
         if run.bias.is_some() {
             variant = variant.flag("BIAS");
@@ -246,16 +376,59 @@ impl Lowering<'_> {
             matrix.factor.into(),
             p.k.into(),
             (run.bias.unwrap_or(0) / 4).into(),
-            (p.x.at / 4).into(),
-            (p.k / 4).into(),
+            x_at.into(),
+            x_stride.into(),
             (p.y.at + column).into(),
             p.stride.into(),
             p.residual.map_or(0, |r| r.at + column).into(),
             p.stride.into(),
             part.first.into(),
             tiles.into(),
+            Word::U(0),
         ];
         self.dispatch(variant, &slots, words, tiles * rows.div_ceil(columns))
+    }
+
+    /// Whether a product runs on cooperative matrices: weights in f32 would lose what they have beyond half precision.
+    fn is_cooperative(&self, m: usize, matrix: &Matrix) -> bool {
+        self.device.cooperative() && matrix.form.kind != Kind::F32 && m >= COOPERATIVE_ROWS
+    }
+
+    /// The kernel and its tile for `m` rows of x and `n` of a matrix. Larger tiles read less, smaller ones keep more of
+    /// the device busy; the choice follows measurements on 132 multiprocessors with 48 KiB of workgroup memory.
+    fn cooperative_tile(&self, m: usize, n: usize) -> (&'static str, [usize; 2]) {
+        let limit = self.device.limits.max_compute_workgroup_storage_size;
+        let small = m.div_ceil(128) * n.div_ceil(128);
+        match () {
+            () if m <= 64 || limit < 32 << 10 => ("gemm_coop_m64.wgsl", [64, 128]),
+            () if limit < 46 << 10 => ("gemm_coop.wgsl", [128, 128]),
+            () if small <= 132 => ("gemm_coop_db.wgsl", [128, 128]),
+            () if m >= 256 => ("gemm_coop_256x128.wgsl", [256, 128]),
+            () => ("gemm_coop_db.wgsl", [128, 128]),
+        }
+    }
+
+    /// The rows of x in half precision, behind the node's other working memory, where a matrix of the node is multiplied
+    /// on cooperative matrices.
+    fn halved(&mut self, node: &Node, x: Bound, [m, k]: [usize; 2]) -> Result<Option<Bound>> {
+        let cooperative = |r: &crate::held::Run| {
+            self.held.matrices.get(r.matrix).is_some_and(|matrix| self.is_cooperative(m, matrix))
+        };
+        let wanted = self.runs().is_ok_and(|runs| runs.iter().any(cooperative));
+        if !wanted || !k.is_multiple_of(4) || !x.at.is_multiple_of(4) {
+            return Ok(None);
+        }
+        let inputs: Vec<Vec<usize>> = node.inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
+        let size = crate::plan::half_rows(node, &inputs);
+        let scratch = self.places.plan.scratch_of(self.node);
+        let from = self.places.scratch(self.node) + (scratch.end - scratch.start) - size;
+        let half = self.arena(from, size)?;
+        let padded = k.next_multiple_of(32) / 4;
+        let sizes = [m, k / 4, padded, x.at / 4, k / 4, half.at / 2];
+        let words = sizes.iter().map(|&s| Word::from(s)).collect();
+        let slots = [(1, x.slot), (2, half.slot)];
+        self.dispatch(Variant::new("to_f16.wgsl"), &slots, words, (m * padded).div_ceil(256))?;
+        Ok(Some(half))
     }
 
     pub fn gather_rows(&mut self, node: &Node) -> Result<()> {

@@ -73,6 +73,12 @@ impl Lowering<'_> {
             Op::KvAppend(a) => self.kv_append_node(node, &a.at),
             Op::KvRead(r) => self.kv_read(node, &r.rows),
             Op::Conv(c) => self.conv(node, c),
+            Op::FrameConv(c) => self.frame_conv(node, c),
+            Op::InstanceNorm(n) => {
+                let sizes = self.rows_of(node.inputs[0]);
+                let (x, y) = (self.bound(node.inputs[0])?, self.bound(self.result(0))?);
+                self.instance_norm(x, sizes, [node.inputs[1], node.inputs[2]], n.eps, y)
+            }
             Op::MatMul(m) => self.matmul(node, m.transposed),
             Op::Linear(l) => self.linear(node, l),
             Op::Qkv(q) => self.qkv(node, q),

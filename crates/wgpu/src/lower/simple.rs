@@ -5,7 +5,7 @@ use pocketglm_graph::{Dim, Node, Result, Value};
 use pocketglm_kernels::Variant;
 
 use super::{Bound, Lowering};
-use crate::plan::Word;
+use crate::plan::{ARGMAX_GROUPS, Word};
 
 /// The second vector or matrix of a norm.
 pub(crate) enum Other {
@@ -64,6 +64,11 @@ impl Lowering<'_> {
     fn map(&mut self, x: Value, kind: u32, factor: f32) -> Result<()> {
         let n = self.elements(x);
         let (x, y) = (self.bound(x)?, self.bound(self.result(0))?);
+        self.map_rows(x, y, n, kind, factor)
+    }
+
+    /// An element-wise function of values in one place whose results go to another, or to the same.
+    pub fn map_rows(&mut self, x: Bound, y: Bound, n: usize, kind: u32, factor: f32) -> Result<()> {
         let variant = Variant::new("unary.wgsl").value("KIND", kind);
         self.element_wise(
             variant,
@@ -103,7 +108,7 @@ impl Lowering<'_> {
         self.norm_to(x, weight, other, eps, y)
     }
 
-    /// A norm whose result goes to a place.
+    /// A norm of a value whose result goes to a place.
     pub fn norm_to(
         &mut self,
         x: Value,
@@ -112,9 +117,22 @@ impl Lowering<'_> {
         eps: f32,
         y: Bound,
     ) -> Result<()> {
-        let c = self.shape(x).last().copied().unwrap_or(0);
-        let rows = self.elements(x) / c.max(1);
-        let (x, weight) = (self.bound(x)?, self.bound(weight)?);
+        let [rows, c] = self.rows_of(x);
+        let x = self.bound(x)?;
+        self.norm_rows(x, [rows, c], weight, other, eps, y)
+    }
+
+    /// A norm of rows in one place whose result goes to another, or to the same.
+    pub fn norm_rows(
+        &mut self,
+        x: Bound,
+        [rows, c]: [usize; 2],
+        weight: Value,
+        other: Option<Other>,
+        eps: f32,
+        y: Bound,
+    ) -> Result<()> {
+        let weight = self.bound(weight)?;
         let mut variant = Variant::new("norm.wgsl");
         // Wide rows have work for more invocations.
         if c >= 1024 && !self.device.info.software {
@@ -142,6 +160,30 @@ impl Lowering<'_> {
             y.at.into(),
         ]);
         self.dispatch(variant, &slots, words, rows)
+    }
+
+    /// Each channel over all frames; `weight_and_bias` are vectors.
+    pub fn instance_norm(
+        &mut self,
+        x: Bound,
+        [frames, c]: [usize; 2],
+        weight_and_bias: [Value; 2],
+        eps: f32,
+        y: Bound,
+    ) -> Result<()> {
+        let [weight, bias] = weight_and_bias;
+        let (weight, bias) = (self.bound(weight)?, self.bound(bias)?);
+        let words = words([
+            frames.into(),
+            c.into(),
+            eps.into(),
+            x.at.into(),
+            weight.at.into(),
+            bias.at.into(),
+            y.at.into(),
+        ]);
+        let slots = [(1, x.slot), (2, weight.slot), (3, bias.slot), (4, y.slot)];
+        self.dispatch(Variant::new("instance_norm.wgsl"), &slots, words, c)
     }
 
     pub fn batch_norm(&mut self, node: &Node, eps: f32) -> Result<()> {
@@ -356,13 +398,34 @@ impl Lowering<'_> {
             return Err(self.unsupported("rows of another rank"));
         };
         let x = self.bound(node.inputs[0])?;
-        let (ids, best) = (self.bound(self.result(0))?, self.bound(self.result(1))?);
+        let ids = self.bound(self.result(0))?;
+        if k == 1 && rows == 1 && !self.is_used(self.result(1)) {
+            return self.argmax(x, c, ids);
+        }
+        let best = self.bound(self.result(1))?;
         let variant = match self.device.info.software {
             true => Variant::new("top_k.wgsl").value("WG", 32),
             false => Variant::new("top_k.wgsl"),
         };
         let words = words([rows.into(), c.into(), k.into(), x.at.into(), ids.at.into(), best.at.into()]);
         self.dispatch(variant, &[(1, x.slot), (2, ids.slot), (3, best.slot)], words, rows)
+    }
+
+    /// Index of the largest of `n` elements: workgroups look at a share each, and one joins what they found.
+    fn argmax(&mut self, x: Bound, n: usize, id: Bound) -> Result<()> {
+        let groups = n.div_ceil(1024).clamp(1, ARGMAX_GROUPS);
+        let pairs = self.arena(self.places.scratch(self.node), 2 * ARGMAX_GROUPS)?;
+        let (first, second) = (Variant::new("argmax.wgsl"), Variant::new("argmax.wgsl").flag("SECOND"));
+        let sizes = words([n.into(), x.at.into(), (pairs.at / 2).into(), Word::U(0)]);
+        self.dispatch(first, &[(1, x.slot), (2, pairs.slot)], sizes, groups)?;
+        let sizes = words([groups.into(), (pairs.at / 2).into(), id.at.into(), Word::U(0)]);
+        self.dispatch(second, &[(1, pairs.slot), (2, id.slot)], sizes, 1)
+    }
+
+    /// Whether a value is read by a node or is a result of the graph.
+    fn is_used(&self, value: Value) -> bool {
+        self.graph.outputs().iter().any(|(_, v)| *v == value)
+            || self.graph.nodes().iter().any(|n| n.inputs.contains(&value))
     }
 
     /// The first rows of a cache as f32.

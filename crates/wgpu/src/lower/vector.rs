@@ -25,19 +25,41 @@ struct Row {
     adds: bool,
 }
 
-/// How the kernel is shaped: invocations of a workgroup, rows of an item, blocks in flight, most workgroups.
+/// How the kernel is shaped: invocations of a workgroup, rows of an item, blocks in flight, most workgroups, and whether
+/// weights are asked for before the row of x is ready.
+#[derive(Clone, Copy)]
 struct Shape {
     workgroup: u32,
     rows: u32,
     unroll: u32,
     most: u32,
+    early: bool,
+}
+
+/// What the rows of a matrix become.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Head,
+    SwiGlu,
+    Plain,
 }
 
 impl Lowering<'_> {
-    fn vector_shape(&self) -> Shape {
-        match self.device.info.software {
-            true => Shape { workgroup: 64, rows: 2, unroll: 2, most: 16 },
-            false => Shape { workgroup: 512, rows: 2, unroll: 4, most: 264 },
+    /// The shape of the kernel for `n` rows of `k`: as measured on a device of 132 multiprocessors with large workgroups;
+    /// elsewhere small ones.
+    fn vector_shape(&self, what: Use, n: usize, k: usize) -> Shape {
+        let most = self.device.limits.max_compute_invocations_per_workgroup;
+        if self.device.info.software {
+            return Shape { workgroup: 64, rows: 2, unroll: 2, most: 16, early: true };
+        }
+        if most < 1024 || !self.device.is_nvidia() {
+            return Shape { workgroup: most.min(128), rows: 2, unroll: 2, most: 256, early: true };
+        }
+        match what {
+            Use::Head | Use::SwiGlu => Shape { workgroup: 384, rows: 2, unroll: 2, most: 264, early: true },
+            Use::Plain if n > 32_768 => Shape { workgroup: 512, rows: 2, unroll: 4, most: 264, early: true },
+            Use::Plain if k > 8192 => Shape { workgroup: 1024, rows: 1, unroll: 3, most: 132, early: true },
+            Use::Plain => Shape { workgroup: 1024, rows: 1, unroll: 4, most: 132, early: false },
         }
     }
 
@@ -68,15 +90,16 @@ impl Lowering<'_> {
     }
 
     /// The kernel of a row and a matrix, where workgroup memory suffices.
-    fn vector_variant(&self, row: &Row, matrix: &Matrix) -> Option<Variant> {
+    fn vector_variant(&self, row: &Row, matrix: &Matrix, shape: Shape) -> Option<Variant> {
         let form = &matrix.form;
         let blocks = form.blocks(matrix.k);
-        let shape = self.vector_shape();
         let subgroups = self.device.subgroups();
         // The row in workgroup memory: codes, scale and sum of each block, or its values; and the sums.
         let row_bytes = blocks * if form.is_quantised() { 40 } else { 128 };
-        let sums = (2 * shape.workgroup + 32) * 4
-            + if subgroups.is_some() { 0 } else { shape.workgroup * shape.rows * 4 };
+        let sums = match subgroups {
+            true => 2 * shape.workgroup + 256,
+            false => shape.workgroup * (16 + 4 * shape.rows) + 256,
+        };
         let limit = self.device.limits.max_compute_workgroup_storage_size;
         let fits = row_bytes + sums as usize <= limit as usize;
         let file = if form.is_quantised() { "matvec_q.wgsl" } else { "matvec_f.wgsl" };
@@ -87,16 +110,12 @@ impl Lowering<'_> {
             .value("U", shape.unroll)
             .flag_if(row.norms, "NORM")
             .flag_if(row.adds, "RESID");
-        if let Some(least) = subgroups {
-            variant = variant.flag("SUBGROUP");
-            if fits || form.is_quantised() {
-                variant = variant.value("SGMIN", least);
-            }
-        }
+        variant = variant.flag_if(subgroups, "SUBGROUP");
         if fits {
             let four = row.k.div_ceil(4) as u32;
             variant = variant.value("NV", four.div_ceil(shape.workgroup)).value("KB", blocks as u32);
-            return Some(variant.flag_if(form.is_quantised(), "QUANT"));
+            let variant = variant.flag_if(form.is_quantised(), "QUANT");
+            return Some(variant.flag_if(form.is_quantised() && !shape.early, "NO_EARLY"));
         }
         // Without a norm, values can be read where they are, if there are no others behind them in the last block.
         let reads = !form.is_quantised() && !row.norms && row.k.is_multiple_of(32);
@@ -135,8 +154,7 @@ impl Lowering<'_> {
     }
 
     /// Workgroups: no more than there are rows for, and few, because each prepares the row of x for itself.
-    fn vector_groups(&self, rows: usize) -> Groups {
-        let shape = self.vector_shape();
+    fn vector_groups(&self, rows: usize, shape: Shape) -> Groups {
         let teams = (shape.workgroup / 32) as usize;
         let needed = rows.div_ceil(teams * shape.rows as usize).max(1) as u64;
         Groups::Count(needed.min(u64::from(shape.most)))
@@ -159,7 +177,9 @@ impl Lowering<'_> {
         let mut column = 0;
         for run in &runs {
             let Some(matrix) = held.matrices.get(run.matrix) else { return Ok(false) };
-            let Some(variant) = self.vector_variant(&row, matrix) else { return Ok(false) };
+            let what = if swiglu { Use::SwiGlu } else { Use::Plain };
+            let shape = self.vector_shape(what, run.rows, row.k);
+            let Some(variant) = self.vector_variant(&row, matrix, shape) else { return Ok(false) };
             if swiglu && (runs.len() > 1 || matrix.parts.len() > 1 || run.bias.is_some()) {
                 return Ok(false);
             }
@@ -180,7 +200,7 @@ impl Lowering<'_> {
                 if vectors {
                     slots.push((6, Slot::Vectors));
                 }
-                steps.push((variant, slots, words, self.vector_groups(part.rows)));
+                steps.push((variant, slots, words, self.vector_groups(part.rows, shape)));
             }
             column += run.rows;
         }
@@ -208,7 +228,8 @@ impl Lowering<'_> {
         if matrix.parts.len() != 1 || !even || qkv.rope.layout != RopeLayout::Interleaved {
             return Ok(false);
         }
-        let Some(variant) = self.vector_variant(&row, matrix) else { return Ok(false) };
+        let shape = self.vector_shape(Use::Head, run.rows, row.k);
+        let Some(variant) = self.vector_variant(&row, matrix, shape) else { return Ok(false) };
         let states = [node.inputs[at + 1], node.inputs[at + 2]];
         let (layout, _) = self.cache(states[0])?;
         let direct = layout.format != KvFormat::Int8;
@@ -236,7 +257,7 @@ impl Lowering<'_> {
             slots.push((7, self.bound(states[0])?.slot));
             slots.push((8, self.bound(states[1])?.slot));
         }
-        self.dispatch_grid(variant, &slots, words, self.vector_groups(n))?;
+        self.dispatch_grid(variant, &slots, words, self.vector_groups(n, shape))?;
         if !direct {
             let width = (qkv.heads + 2 * qkv.kv_heads) * d;
             let rows = self.bound(self.result(0))?;
