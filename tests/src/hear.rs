@@ -65,7 +65,8 @@ struct Case {
 }
 
 fn cases(name: &str) -> Vec<Case> {
-    let json: Value = serde_json::from_slice(&std::fs::read(folder(name).join("golden.json")).unwrap()).unwrap();
+    let json: Value =
+        serde_json::from_slice(&std::fs::read(folder(name).join("golden.json")).unwrap()).unwrap();
     let number = |v: &Value| v.as_u64().unwrap() as usize;
     let case = |c: &Value| {
         let apart = c["implementations_apart"].as_f64().unwrap();
@@ -99,7 +100,8 @@ fn compare(model: &Recogniser, name: &str, golden: &Tensors, case: &Case) -> (f6
     let apart = relative_l2(&some, &golden.f32(&format!("{}.input_values", case.samples)).unwrap());
     assert!(apart <= 1e-6, "{name} {}: input values {apart:.1e}", case.samples);
     for (tensor, _) in trace.tensors().iter().filter(|(t, _)| t != "input_values") {
-        let wanted = golden.f32(&format!("{}.{tensor}", case.samples)).unwrap_or_else(|| panic!("no {tensor}"));
+        let wanted =
+            golden.f32(&format!("{}.{tensor}", case.samples)).unwrap_or_else(|| panic!("no {tensor}"));
         let apart = relative_l2(&rows(&trace, tensor, case), &wanted);
         assert!(apart <= case.bound, "{name} {} {tensor}: relative L2 {apart:.2e}", case.samples);
         worst = worst.max(apart);
@@ -135,7 +137,11 @@ fn every_greedy_text_and_word_time_is_the_reference_s() {
             for (word, wanted) in got.words.iter().zip(words) {
                 assert_eq!(word.text, wanted[0], "{name} {}", case.samples);
                 for (time, frame) in [(word.start, &wanted[1]), (word.end, &wanted[2])] {
-                    assert!((time - frame.as_f64().unwrap() * 0.02).abs() < 1e-9, "{name} {}: {word:?}", case.samples);
+                    assert!(
+                        (time - frame.as_f64().unwrap() * 0.02).abs() < 1e-9,
+                        "{name} {}: {word:?}",
+                        case.samples
+                    );
                 }
             }
             assert!(words.len() <= got.words.len());
@@ -158,7 +164,10 @@ fn fused_equals_unfused_and_threads_change_no_bit() {
         assert!(apart < EXACT, "{name}: fused and unfused are {apart:.1e} apart");
         for threads in [1, 3] {
             let other = last_hidden(&open(name, EngineOptions { threads, ..options() }), 20_000, 1);
-            assert!(fused.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}, {threads} threads");
+            assert!(
+                fused.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits()),
+                "{name}, {threads} threads"
+            );
         }
     }
 }
@@ -271,7 +280,11 @@ fn more_context_brings_chunks_nearer_to_the_whole() {
     for name in ["base", "large"] {
         let wide = agreement(name, 960_000, &chunked(20.0, 5.0));
         let narrow = agreement(name, 960_000, &chunked(2.0, 0.0));
-        println!("{name}: {:.1} % of the frames agree with context, {:.1} % without", wide * 100.0, narrow * 100.0);
+        println!(
+            "{name}: {:.1} % of the frames agree with context, {:.1} % without",
+            wide * 100.0,
+            narrow * 100.0
+        );
         assert!(wide > 0.5 && wide > narrow, "{name}: {wide} with context, {narrow} without");
     }
 }
@@ -299,7 +312,8 @@ fn a_stream_gives_the_same_text_whatever_the_blocks() {
 #[test]
 fn clips_that_are_no_audio_are_named() {
     let model = open("base", options());
-    let say = |samples: &[f32]| error(Sound::frames(samples, 1, 16_000).and_then(|s| model.transcribe(&s, 0)));
+    let say =
+        |samples: &[f32]| error(Sound::frames(samples, 1, 16_000).and_then(|s| model.transcribe(&s, 0)));
     assert!(say(&[]).contains("has 0 samples at 16 kHz, the encoder needs at least 400"));
     assert!(say(&[0.5]).contains("has 1 samples"));
     assert!(say(&[0.5; 399]).contains("has 399 samples"));
@@ -336,10 +350,17 @@ fn broken_checkpoints_are_typed_errors() {
         work.write(file, text.replace(from, to));
         try_open(&work)
     };
-    assert!(replace("config.json", "\"add_adapter\": false", "\"add_adapter\": true").contains("add_adapter"));
+    assert!(
+        replace("config.json", "\"add_adapter\": false", "\"add_adapter\": true").contains("add_adapter")
+    );
     assert!(replace("config.json", "\"hidden_size\": 32", "\"hidden_size\": 64").contains("shape"));
-    assert!(replace("config.json", "\"model_type\": \"wav2vec2\"", "\"model_type\": \"hubert\"").contains("hubert"));
-    assert!(replace("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3").contains("missing"));
+    assert!(
+        replace("config.json", "\"model_type\": \"wav2vec2\"", "\"model_type\": \"hubert\"")
+            .contains("hubert")
+    );
+    assert!(
+        replace("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3").contains("missing")
+    );
     assert!(replace("vocab.json", "\"E\": 5", "\"E\": 4").contains("the same id 4"));
     let work = copy("base");
     std::fs::remove_file(work.file("vocab.json")).unwrap();
@@ -354,7 +375,8 @@ fn mutated_checkpoints_give_results_or_typed_errors() {
     let (mut ran, mut refused) = (0, 0);
     for i in 0..150 {
         let work = copy(if i % 2 == 0 { "base" } else { "large" });
-        let file = ["config.json", "vocab.json", "model.safetensors", "preprocessor_config.json"][random.below(4)];
+        let file =
+            ["config.json", "vocab.json", "model.safetensors", "preprocessor_config.json"][random.below(4)];
         let mut bytes = work.read(file);
         for _ in 0..=random.below(6) {
             let end = if file == "model.safetensors" && random.below(2) == 0 { 4000 } else { bytes.len() };
@@ -385,7 +407,8 @@ fn a_weight_that_is_no_number_is_named() {
     let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[data..data + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     work.write("model.safetensors", bytes);
-    let message = error(Recogniser::open(work.path(), options()).and_then(|m| m.transcribe(&sound(400, 0), 0)));
+    let message =
+        error(Recogniser::open(work.path(), options()).and_then(|m| m.transcribe(&sound(400, 0), 0)));
     assert!(message.contains("lm_head.bias") && message.contains("NaN"), "{message}");
 }
 

@@ -201,7 +201,10 @@ fn adapters_that_are_none_are_typed_errors() {
         open(work.file("a.safetensors"))
     };
     assert!(with("model.audio_tag", "model.audio_bag").contains("model.audio_bag"));
-    assert!(with("model.audio_projection.bias", "model.audio_projection.bios").contains("model.audio_projection.bi"));
+    assert!(
+        with("model.audio_projection.bias", "model.audio_projection.bios")
+            .contains("model.audio_projection.bi")
+    );
     // Another width of the decoder: every tensor of the projections has the wrong shape.
     let other = EngineOptions { adapter: Some(path("hear/adapter/adapter.safetensors")), ..options() };
     let message = error(Engine::open(path("kv-heads-8-2"), other).map(|_| ()));

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use pocketglm::{AudioPrecision, ContentFormat, Engine, EngineOptions, Error, GenerateOptions, KvFormat, Model, ReadMode};
+use pocketglm::{
+    AudioPrecision, ContentFormat, Engine, EngineOptions, Error, GenerateOptions, KvFormat, Model, ReadMode,
+};
 
 use crate::failure::Failure;
 use crate::output::complain;

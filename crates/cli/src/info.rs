@@ -112,11 +112,15 @@ fn speech(info: &RecogniserInfo, plan: &MemoryPlan) -> String {
     line("frames", format!("{rate} a second, the shortest clip has {} samples", c.receptive_field()));
     let all = info.encoder + info.head;
     let width = thousands(all).len();
-    for (i, (name, n)) in [("encoder", info.encoder), ("head", info.head), ("total", all)].iter().enumerate() {
+    for (i, (name, n)) in [("encoder", info.encoder), ("head", info.head), ("total", all)].iter().enumerate()
+    {
         line(if i == 0 { "parameters" } else { "" }, format!("{name:8}{:>width$}", thousands(*n)));
     }
     for (i, (name, n)) in info.bytes.iter().enumerate() {
-        line(if i == 0 { "stored as" } else { "" }, format!("{name:8}{} bytes  {:>12}", thousands(*n), human(*n)));
+        line(
+            if i == 0 { "stored as" } else { "" },
+            format!("{name:8}{} bytes  {:>12}", thousands(*n), human(*n)),
+        );
     }
     line("plan for", format!("{SECONDS} seconds at once, a chunk of `transcribe` with its context"));
     lines.push(plan_table(plan));
@@ -153,7 +157,9 @@ const LABEL: usize = 17;
 const TYPES: [(&str, u64); 4] = [("f32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)];
 
 fn total(info: &ModelInfo) -> pocketglm::Parameters {
-    pocketglm::Parameters { count: info.decoder.count + info.head.count + info.vision.count + info.audio.count }
+    pocketglm::Parameters {
+        count: info.decoder.count + info.head.count + info.vision.count + info.audio.count,
+    }
 }
 
 fn report(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) -> String {

@@ -209,7 +209,8 @@ mod tests {
         let words = [word("A", 0.0, 0.1), word("B", 0.5, 0.6), word("C", 1.6, 1.7), word("D", 1.8, 9.0)];
         let texts: Vec<String> = captions(&words).into_iter().map(|c| c.text).collect();
         assert_eq!(texts, ["A B", "C", "D"]);
-        let many: Vec<Word> = (0..30).map(|i| word("TEN CHARS.", i as f64 * 0.1, i as f64 * 0.1 + 0.1)).collect();
+        let many: Vec<Word> =
+            (0..30).map(|i| word("TEN CHARS.", i as f64 * 0.1, i as f64 * 0.1 + 0.1)).collect();
         assert!(captions(&many).iter().all(|c| c.text.chars().count() <= MAX_CHARS));
     }
 
@@ -218,7 +219,11 @@ mod tests {
         let long = word(&"字".repeat(200), 10.0, 40.0);
         let pieces = captions(&[long]);
         assert!(pieces.len() >= 5);
-        assert!(pieces.iter().all(|c| c.end - c.start <= MAX_SECONDS + 1e-9 && c.text.chars().count() <= MAX_CHARS));
+        assert!(
+            pieces
+                .iter()
+                .all(|c| c.end - c.start <= MAX_SECONDS + 1e-9 && c.text.chars().count() <= MAX_CHARS)
+        );
         assert_eq!(pieces.iter().map(|c| c.text.chars().count()).sum::<usize>(), 200);
     }
 

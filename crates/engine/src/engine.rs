@@ -96,7 +96,8 @@ impl Engine {
     /// Sizes that make no sense.
     pub fn plan(&self, prompt: &Prompt, max_new_tokens: usize) -> Result<MemoryPlan> {
         let model = &self.inner.model;
-        let patches = |p: &crate::prompt::Encodable| p.pixels().map_or(0, |p| p.grid.iter().product::<usize>());
+        let patches =
+            |p: &crate::prompt::Encodable| p.pixels().map_or(0, |p| p.grid.iter().product::<usize>());
         let samples = || prompt.pictures.iter().map(|p| p.samples().map_or(0, <[f32]>::len));
         let context = prompt.ids.len().saturating_add(max_new_tokens).min(model.context(&self.inner.options));
         let size = RunSize {

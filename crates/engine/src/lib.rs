@@ -35,7 +35,9 @@ pub use pocketglm_glm::Sampling;
 pub use pocketglm_tensor::{DType, KvFormat, Tensor};
 pub use pocketglm_vit::preprocess::{DevicePoint, to_device_pixels};
 pub use pocketglm_wav2vec::audio::{AudioLimits, Level};
-pub use pocketglm_wav2vec::{Chunking, Precision as AudioPrecision, RecogniserInfo, Stream, Transcript, Word};
+pub use pocketglm_wav2vec::{
+    Chunking, Precision as AudioPrecision, RecogniserInfo, Stream, Transcript, Word,
+};
 pub use prompt::Prompt;
 pub use recogniser::{Recogniser, TranscribeOptions};
 pub use request::{Content, Message, Part, Request};

@@ -175,14 +175,8 @@ impl Model {
             Some(adapter) => adapter.fields()?,
             None => Fields::new("config.json", &config)?,
         };
-        let audio = AudioModel::new(
-            &described,
-            &extended,
-            &text,
-            &tokenizer,
-            options.audio_precision,
-            options.fuse,
-        )?;
+        let audio =
+            AudioModel::new(&described, &extended, &text, &tokenizer, options.audio_precision, options.fuse)?;
         options.report("load", 4, STEPS);
         let graph = text_graph(&text, &*weights, options.kv, options.fuse, Trace::Off)?;
         let (eos, sampling) = generation(checkpoint, &fields)?;

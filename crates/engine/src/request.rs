@@ -82,7 +82,8 @@ impl Request {
     pub fn from_json(json: &[u8]) -> Result<Request> {
         let value: Value = serde_json::from_slice(json)
             .map_err(|e| Error::Request { what: format!("not JSON of the expected form: {e}") })?;
-        if let (Some(audio), None, None) = (value.get("audio"), value.get("messages"), value.get("input_ids")) {
+        if let (Some(audio), None, None) = (value.get("audio"), value.get("messages"), value.get("input_ids"))
+        {
             return Ok(Request::Audio(Sound::url(string(Some(audio), "audio", &value)?)?));
         }
         match (value.get("messages"), value.get("input_ids")) {
@@ -101,7 +102,9 @@ impl Request {
                 Ok(Request::InputIds(list.iter().enumerate().map(id).collect::<Result<_>>()?))
             }
             (Some(_), Some(_)) => Err(Error::Request { what: "has both `messages` and `input_ids`".into() }),
-            (None, None) => Err(wrong("the top level", "an object with `messages`, `input_ids` or `audio`", &value)),
+            (None, None) => {
+                Err(wrong("the top level", "an object with `messages`, `input_ids` or `audio`", &value))
+            }
         }
     }
 
@@ -194,7 +197,11 @@ fn part(value: &Value, place: &str) -> Result<Part> {
             };
             Ok(Part::Video { frames, seconds })
         }
-        _ => Err(wrong(&format!("{place}.type"), "text, image_url, image, video, input_audio or audio", &value["type"])),
+        _ => Err(wrong(
+            &format!("{place}.type"),
+            "text, image_url, image, video, input_audio or audio",
+            &value["type"],
+        )),
     }
 }
 

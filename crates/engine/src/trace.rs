@@ -78,7 +78,8 @@ impl Engine {
             (true, "pixel_values_videos", "video_grid_thw", "video_embeds"),
         ] {
             let (mut pixels, mut grids, mut embeds) = (Vec::new(), Vec::new(), Vec::new());
-            for (p, e) in prompt.pictures.iter().zip(&embeds_of).filter(|(p, _)| p.is_video() == Some(video)) {
+            for (p, e) in prompt.pictures.iter().zip(&embeds_of).filter(|(p, _)| p.is_video() == Some(video))
+            {
                 let Some(p) = p.pixels() else { continue };
                 pixels.extend_from_slice(&p.values);
                 grids.extend(p.grid.map(|side| side as i64));

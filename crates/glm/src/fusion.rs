@@ -65,7 +65,13 @@ impl Fusion {
     ///
     /// # Errors
     /// Missing or misshapen weights, by name.
-    pub fn apply(self, g: &mut GraphBuilder<'_>, modality: Modality, x: Value, width: usize) -> Result<Value> {
+    pub fn apply(
+        self,
+        g: &mut GraphBuilder<'_>,
+        modality: Modality,
+        x: Value,
+        width: usize,
+    ) -> Result<Value> {
         let word = modality.word();
         let mut x = x;
         if self.projection {

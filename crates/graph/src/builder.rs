@@ -8,8 +8,9 @@ use crate::dim::Dim;
 use crate::graph::{Graph, Meta, Node, Value};
 use crate::ops::{
     Activation, BatchNorm, Binary, BinaryKind, Concat, Constant, Conv, FrameConv, GatherRows, Input,
-    InstanceNorm, KvAppend, KvRead, LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout, RopeTable, Scale, ScatterRows, Slice,
-    Softmax, SoftmaxMask, State, Unary, UnaryKind, WeightRef, WeightedGather,
+    InstanceNorm, KvAppend, KvRead, LayerNorm, MatMul, Op, Permute, Reshape, RmsNorm, Rope, RopeLayout,
+    RopeTable, Scale, ScatterRows, Slice, Softmax, SoftmaxMask, State, Unary, UnaryKind, WeightRef,
+    WeightedGather,
 };
 use crate::{Error, Result};
 

@@ -31,9 +31,9 @@ mod model;
 
 pub use model::{Chat, Model, Prompt};
 pub use pocketglm_engine::{
-    AudioLimits, AudioPrecision, Cancel, Chunking, Content, ContentFormat, DType, DevicePoint, Engine, EngineOptions, Error, FinishReason,
-    GenerateOptions, Generation, KvFormat, Level, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part,
-    Picture, Piece, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode, Recogniser, RecogniserInfo, Request,
-    Result, Sampling, Session, Sound, Stream, Tensor, Timings, Trace, TranscribeOptions, Transcript, Word,
-    quantise, to_device_pixels,
+    AudioLimits, AudioPrecision, Cancel, Chunking, Content, ContentFormat, DType, DevicePoint, Engine,
+    EngineOptions, Error, FinishReason, GenerateOptions, Generation, KvFormat, Level, MemoryPlan, MemoryUse,
+    Message, ModelInfo, Parameters, Part, Picture, Piece, Progress, ProgressFn, Prompt as PreparedPrompt,
+    ReadMode, Recogniser, RecogniserInfo, Request, Result, Sampling, Session, Sound, Stream, Tensor, Timings,
+    Trace, TranscribeOptions, Transcript, Word, quantise, to_device_pixels,
 };

@@ -1,7 +1,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    Engine, EngineOptions, GenerateOptions, Generation, Message, Part, Picture, Request, Result, Session, Sound,
+    Engine, EngineOptions, GenerateOptions, Generation, Message, Part, Picture, Request, Result, Session,
+    Sound,
 };
 
 /// A loaded checkpoint: `Send + Sync`, and cheap to clone.

@@ -158,7 +158,8 @@ mod tests {
     #[test]
     fn frames_are_those_of_the_published_models() {
         let c = read(json!({})).unwrap();
-        let wanted = [(399, 0), (400, 1), (719, 1), (720, 2), (1000, 2), (16_000, 49), (16_080, 50), (160_000, 499)];
+        let wanted =
+            [(399, 0), (400, 1), (719, 1), (720, 2), (1000, 2), (16_000, 49), (16_080, 50), (160_000, 499)];
         for (samples, frames) in wanted {
             assert_eq!(c.frames(samples), frames, "{samples} samples");
         }

@@ -16,8 +16,8 @@ use crate::audio::{AudioLimits, Clip};
 use crate::ctc::{Decoder, Emission, Span, Vocabulary};
 use crate::weights::{IGNORED, LAYOUTS, SCOPE};
 use crate::{
-    Chunking, Error, Precision, Prepared, Result, SAMPLE_RATE, Stream, Trace, Wav2VecConfig, ctc_head, encoder,
-    expected_tensors,
+    Chunking, Error, Precision, Prepared, Result, SAMPLE_RATE, Stream, Trace, Wav2VecConfig, ctc_head,
+    encoder, expected_tensors,
 };
 
 /// How a checkpoint is loaded.
@@ -258,7 +258,8 @@ impl Recogniser {
         let Some(vocabulary) = &self.inner.vocabulary else {
             return Transcript { tokens, seconds, ..Transcript::default() };
         };
-        let word = |Span { text, start, end }| Word { text, start: self.second(start), end: self.second(end) };
+        let word =
+            |Span { text, start, end }| Word { text, start: self.second(start), end: self.second(end) };
         let words = vocabulary.words(&tokens).into_iter().map(word).collect();
         Transcript { text: vocabulary.join(&tokens), words, tokens, seconds }
     }

@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use pocketglm_checkpoint::{ExpectedTensor, NameRules};
 use pocketglm_graph::GraphBuilder;
 use pocketglm_quant::{Method, RowOptions, quantise_row};
-use pocketglm_tensor::{Affine, Bytes, DType, Error, Group, Packed, Result, Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{
+    Affine, Bytes, DType, Error, Group, Packed, Result, Tensor, TensorInfo, WeightSource,
+};
 
 use crate::{Trace, Wav2VecConfig, encoder};
 
@@ -279,7 +281,8 @@ pub fn expected_tensors(
             channels = config.conv_dim[i];
         } else if info.name == pos_conv {
             let found = SPELLINGS.iter().find(|[g, v]| {
-                source.info(&format!("{prefix}{g}")).is_some() || source.info(&format!("{prefix}{v}")).is_some()
+                source.info(&format!("{prefix}{g}")).is_some()
+                    || source.info(&format!("{prefix}{v}")).is_some()
             });
             if found.is_none() && source.info(&pos_conv).is_some() {
                 expected.push(tensor(info.name, kernel.clone()));

@@ -62,8 +62,15 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     out.line(&format!("load     {load:.3} s"))?;
-    out.line(&format!("encode   {seconds:.3} s for {} s of audio, real-time factor {factor:.4}", args.seconds))?;
-    out.line(&format!("memory   {} at the peak, {} planned", peak.map_or("unknown".into(), bytes), bytes(planned)))?;
+    out.line(&format!(
+        "encode   {seconds:.3} s for {} s of audio, real-time factor {factor:.4}",
+        args.seconds
+    ))?;
+    out.line(&format!(
+        "memory   {} at the peak, {} planned",
+        peak.map_or("unknown".into(), bytes),
+        bytes(planned)
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -77,7 +84,9 @@ fn encode(recogniser: &Recogniser, seconds: usize) -> Result<(f64, Vec<f32>), Fa
 }
 
 fn serve(recogniser: &Recogniser, load: f64, out: &mut Out) -> Result<ExitCode, Failure> {
-    out.json(&json!({"peer": "pocketglm", "version": env!("CARGO_PKG_VERSION"), "load_s": load, "ready": true}))?;
+    out.json(
+        &json!({"peer": "pocketglm", "version": env!("CARGO_PKG_VERSION"), "load_s": load, "ready": true}),
+    )?;
     let mut input = std::io::stdin().lock();
     loop {
         let mut line = Vec::new();

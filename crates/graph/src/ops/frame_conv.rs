@@ -79,7 +79,11 @@ impl OpDef for FrameConv {
     }
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let wrong = || {
-            shape_error("frame_conv", "x [t, c], weight [o, kernel·c/groups], bias [o], norm [o] twice", inputs)
+            shape_error(
+                "frame_conv",
+                "x [t, c], weight [o, kernel·c/groups], bias [o], norm [o] twice",
+                inputs,
+            )
         };
         let vectors = self.first_of_norm() - 2 + 2 * usize::from(self.norm.is_some());
         let [x, w, rest @ ..] = inputs else { return Err(wrong()) };

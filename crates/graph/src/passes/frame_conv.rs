@@ -36,7 +36,8 @@ pub fn fuse_frame_conv_activation(graph: &mut Graph) -> crate::Result<usize> {
     for i in 0..graph.nodes.len() {
         let Op::Unary(unary) = &graph.nodes[i].op else { continue };
         let x = graph.nodes[i].inputs[0];
-        let (Some(activation), Op::FrameConv(mut conv)) = (element_wise(unary.kind), graph.node(x).op.clone())
+        let (Some(activation), Op::FrameConv(mut conv)) =
+            (element_wise(unary.kind), graph.node(x).op.clone())
         else {
             continue;
         };

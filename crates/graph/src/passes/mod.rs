@@ -20,9 +20,7 @@ use crate::ops::Op;
 pub use attention::fuse_attention;
 pub use conv::{fold_batch_norm, fuse_conv_activation};
 pub use frame_conv::{fuse_frame_conv_activation, fuse_frame_conv_norm};
-pub use linear::{
-    fold_added_vector, fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu,
-};
+pub use linear::{fold_added_vector, fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu};
 pub use load_time::mark_load_time;
 pub use norm::{fuse_norm_add, fuse_norm_linear};
 pub use qkv::{fuse_qkv, merge_attention_linears};

@@ -213,13 +213,11 @@ fn folded(
     eps: f32,
 ) -> (Vec<f32>, Vec<f32>) {
     let k = conv.kernel * conv.channels;
-    let Moments { mean, covariance } =
-        Moments::of_windows(cpu, x, conv.stride * conv.channels, k, out);
+    let Moments { mean, covariance } = Moments::of_windows(cpu, x, conv.stride * conv.channels, k, out);
     let mut weights = Vec::with_capacity(conv.outputs * k);
     let mut biases = Vec::with_capacity(conv.outputs);
     for o in 0..conv.outputs {
-        let row: Vec<f64> =
-            (0..k).map(|p| f64::from(weight.get(o * k + p).unwrap_or(f32::NAN))).collect();
+        let row: Vec<f64> = (0..k).map(|p| f64::from(weight.get(o * k + p).unwrap_or(f32::NAN))).collect();
         let centre: f64 = row.iter().zip(&mean).map(|(w, m)| w * m).sum();
         let mut variance = 0f64;
         for p in 0..k {
@@ -265,7 +263,8 @@ fn grouped(
     for_rows(cpu, conv.channels, conv.frames, &|channels| {
         for c in channels {
             // SAFETY: channel `c` of the turned signal belongs to this task; its frames lie behind the padding.
-            let row = unsafe { to.slice(c * length + conv.padding[0]..c * length + conv.padding[0] + conv.frames) };
+            let row =
+                unsafe { to.slice(c * length + conv.padding[0]..c * length + conv.padding[0] + conv.frames) };
             for (t, v) in row.iter_mut().enumerate() {
                 *v = x[t * conv.channels + c];
             }
@@ -401,16 +400,17 @@ pub fn conv_frames_twin(
             }
         }
     }
-    let normed = |values: &mut dyn Iterator<Item = &mut f64>, scale: &dyn Fn(usize) -> (f64, f64), eps: f32| {
-        let mut values: Vec<&mut f64> = values.collect();
-        let count = values.len() as f64;
-        let mean = values.iter().map(|v| **v).sum::<f64>() / count;
-        let variance = values.iter().map(|v| (**v - mean).powi(2)).sum::<f64>() / count;
-        for (i, v) in values.iter_mut().enumerate() {
-            let (weight, bias) = scale(i);
-            **v = (**v - mean) / (variance + f64::from(eps)).sqrt() * weight + bias;
-        }
-    };
+    let normed =
+        |values: &mut dyn Iterator<Item = &mut f64>, scale: &dyn Fn(usize) -> (f64, f64), eps: f32| {
+            let mut values: Vec<&mut f64> = values.collect();
+            let count = values.len() as f64;
+            let mean = values.iter().map(|v| **v).sum::<f64>() / count;
+            let variance = values.iter().map(|v| (**v - mean).powi(2)).sum::<f64>() / count;
+            for (i, v) in values.iter_mut().enumerate() {
+                let (weight, bias) = scale(i);
+                **v = (**v - mean) / (variance + f64::from(eps)).sqrt() * weight + bias;
+            }
+        };
     match norm {
         FrameNorm::None => {}
         FrameNorm::Layer { weight, bias, eps } => {

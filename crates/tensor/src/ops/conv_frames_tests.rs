@@ -89,7 +89,8 @@ fn one_frame_too_late_is_noticed() {
     let w = Weight::F32(&weight);
     conv_frames_twin(&c, &x, w, None, FrameNorm::None, Epilogue::None, &mut wanted).unwrap();
     let late = FrameConv { padding: [1, 2], ..c };
-    let run = |cpu: &Cpu, y: &mut [f32]| conv_frames(cpu, &late, &x, w, None, FrameNorm::None, Epilogue::None, y);
+    let run =
+        |cpu: &Cpu, y: &mut [f32]| conv_frames(cpu, &late, &x, w, None, FrameNorm::None, Epilogue::None, y);
     assert!(try_check(&wanted, CLOSE, &run).is_err());
 }
 
@@ -102,7 +103,10 @@ fn sizes_that_do_not_fit_are_typed_errors() {
     let c = conv(4, 1, 1, 3, 1);
     assert!(run(&c, &[0.0; 4], &[0.0; 3], &mut [0.0; 2]).is_ok());
     assert!(matches!(run(&c, &[0.0; 3], &[0.0; 3], &mut [0.0; 2]), Err(Error::Size { operand: "x", .. })));
-    assert!(matches!(run(&c, &[0.0; 4], &[0.0; 4], &mut [0.0; 2]), Err(Error::Size { operand: "weight", .. })));
+    assert!(matches!(
+        run(&c, &[0.0; 4], &[0.0; 4], &mut [0.0; 2]),
+        Err(Error::Size { operand: "weight", .. })
+    ));
     for wrong in [
         FrameConv { kernel: 5, ..c },
         FrameConv { stride: 0, ..c },
@@ -111,6 +115,9 @@ fn sizes_that_do_not_fit_are_typed_errors() {
         FrameConv { groups: 2, ..c },
         FrameConv { padding: [usize::MAX, 1], ..c },
     ] {
-        assert!(matches!(run(&wrong, &[0.0; 4], &[0.0; 3], &mut [0.0; 2]), Err(Error::Value { .. })), "{wrong:?}");
+        assert!(
+            matches!(run(&wrong, &[0.0; 4], &[0.0; 3], &mut [0.0; 2]), Err(Error::Value { .. })),
+            "{wrong:?}"
+        );
     }
 }

@@ -29,7 +29,14 @@ fn check(x: &[f32], weight: &[f32], bias: &[f32], y: &[f32]) -> Result<usize> {
 ///
 /// # Errors
 /// [`Error::Size`] or [`Error::Value`] where operands do not fit.
-pub fn instance_norm(cpu: &Cpu, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) -> Result<()> {
+pub fn instance_norm(
+    cpu: &Cpu,
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    eps: f32,
+    y: &mut [f32],
+) -> Result<()> {
     check(x, weight, bias, y)?;
     y.copy_from_slice(x);
     instance_norm_in_place(cpu, y, weight, bias, eps, Epilogue::None);
@@ -92,7 +99,8 @@ impl Kernel for Affine<'_> {
             unsafe {
                 let v = s.load_n(self.row.as_ptr().add(j), m);
                 let v = s.sub(v, s.load_n(self.centre.as_ptr().add(j), m));
-                let (a, b) = (s.load_n(self.scale.as_ptr().add(j), m), s.load_n(self.shift.as_ptr().add(j), m));
+                let (a, b) =
+                    (s.load_n(self.scale.as_ptr().add(j), m), s.load_n(self.shift.as_ptr().add(j), m));
                 s.store_n(self.row.as_mut_ptr().add(j), m, s.fma(v, a, b));
             }
         }

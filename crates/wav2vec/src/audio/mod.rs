@@ -120,7 +120,11 @@ impl Clip {
         let width = usize::from(channels);
         if width == 0 || !samples.len().is_multiple_of(width) {
             let found = format!("{} samples in {channels} channels", samples.len());
-            return Err(Error::Format { what: "frames", wanted: "whole frames of 1 or more channels".into(), found });
+            return Err(Error::Format {
+                what: "frames",
+                wanted: "whole frames of 1 or more channels".into(),
+                found,
+            });
         }
         limits.check_frames((samples.len() / width) as u64, rate)?;
         let mut resampler = Resampler::new(rate)?;

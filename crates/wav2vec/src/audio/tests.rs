@@ -169,7 +169,10 @@ fn headers_that_lie_are_refused_with_what_they_say() {
     assert!(error(&with(34, &0u16.to_le_bytes())).contains("bits of a sample"));
     assert!(error(&with(32, &0u16.to_le_bytes())).contains("bytes of a frame"));
     assert!(error(&with(16, &u32::MAX.to_le_bytes())).contains("size of a chunk"));
-    assert!(error(&with(40, &1_000_000u32.to_le_bytes())).contains("size of the data chunk must be at most the 1600"));
+    assert!(
+        error(&with(40, &1_000_000u32.to_le_bytes()))
+            .contains("size of the data chunk must be at most the 1600")
+    );
     assert!(error(&with(40, &33u32.to_le_bytes())).contains("a multiple of 2 bytes"));
 }
 

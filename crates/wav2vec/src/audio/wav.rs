@@ -78,9 +78,7 @@ impl<R: Read + Seek> WavBlocks<R> {
         limits.check_frames(info.frames, info.sample_rate)?;
         let samples = match (info.float, info.bits) {
             (true, 32) => Samples::Float(wav.into_samples()),
-            (false, bits @ 1..=32) => {
-                Samples::Integer(wav.into_samples(), 1.0 / (1u64 << (bits - 1)) as f32)
-            }
+            (false, bits @ 1..=32) => Samples::Integer(wav.into_samples(), 1.0 / (1u64 << (bits - 1)) as f32),
             (float, bits) => {
                 let kind = if float { "floating-point" } else { "integer" };
                 let found = format!("{bits}-bit {kind} ones");

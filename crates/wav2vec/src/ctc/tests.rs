@@ -58,9 +58,14 @@ fn tokens_and_words_know_their_frames() {
         let mut decoder = Decoder::new(8, 0, beam).unwrap();
         let out = decode(&mut decoder, &frames(VECTORS[0].0), 4);
         let times: Vec<(u32, usize, usize)> = out.iter().map(|e| (e.id, e.start, e.end)).collect();
-        assert_eq!(times, [(5, 2, 4), (5, 5, 6), (4, 6, 8), (6, 8, 9), (4, 11, 12), (7, 12, 13)], "beam {beam}");
+        assert_eq!(
+            times,
+            [(5, 2, 4), (5, 5, 6), (4, 6, 8), (6, 8, 9), (4, 11, 12), (7, 12, 13)],
+            "beam {beam}"
+        );
         let words = vocabulary().words(&out);
-        let words: Vec<(&str, usize, usize)> = words.iter().map(|w| (w.text.as_str(), w.start, w.end)).collect();
+        let words: Vec<(&str, usize, usize)> =
+            words.iter().map(|w| (w.text.as_str(), w.start, w.end)).collect();
         assert_eq!(words, [("EE", 2, 6), ("T", 8, 9), ("A", 12, 13)]);
     }
 }
@@ -150,7 +155,8 @@ fn logits_that_are_no_numbers_end_in_some_text() {
 
 #[test]
 fn vocabularies_that_make_no_sense_are_refused() {
-    let wrong = |json: serde_json::Value, size| Vocabulary::from_json(&json, size, 0, "|").unwrap_err().to_string();
+    let wrong =
+        |json: serde_json::Value, size| Vocabulary::from_json(&json, size, 0, "|").unwrap_err().to_string();
     assert!(wrong(json!([]), 3).contains("an object"));
     assert!(wrong(json!({"a": 5}), 3).contains("an id below 3, found 5"));
     assert!(wrong(json!({"a": -1}), 3).contains("found -1"));
