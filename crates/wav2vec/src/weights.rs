@@ -264,7 +264,7 @@ impl<W: WeightSource> WeightSource for Prepared<W> {
 
 /// Every tensor that an encoder's checkpoint must have, under its stored shape, with the prefix `scope`.
 ///
-/// `spelling` is a tensor source to look up which of the two spellings of weight norm it has.
+/// `source` tells which of the two spellings of weight norm is meant; the older one where it has neither.
 ///
 /// # Errors
 /// Only those of building the graph.
