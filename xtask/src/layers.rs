@@ -68,14 +68,20 @@ pub const LAYERS: &[Layer] = &[
         absence: "GLM, text, GPU",
     },
     Layer {
+        folder: "crates/wav2vec",
+        uses: Uses::Only(&["graph", "checkpoint", "quant", "tensor"]),
+        holds: "audio files, resampling, the Wav2Vec2 encoder as graph functions, CTC decoding, streaming",
+        absence: "GLM, text generation, GPU",
+    },
+    Layer {
         folder: "crates/glm",
         uses: Uses::Only(&["graph", "checkpoint", "tensor"]),
-        holds: "the decoder as graph functions, positions, tensor names, sampling",
+        holds: "the decoder as graph functions, fusion of modalities, positions, tensor names, sampling",
         absence: "image and audio files, tokenizers, GPU",
     },
     Layer {
         folder: "crates/engine",
-        uses: Uses::Only(&["glm", "vit", "bpe", "graph", "checkpoint", "quant", "tensor"]),
+        uses: Uses::Only(&["glm", "vit", "wav2vec", "bpe", "graph", "checkpoint", "quant", "tensor"]),
         holds: "sessions, KV cache, memory budget, generation",
         absence: "command lines, HTTP, GPU",
     },

@@ -113,6 +113,8 @@ pub fn plan_table(plan: &MemoryPlan) -> String {
     let name = rows.iter().map(|(n, _)| n.len()).max().unwrap_or(0);
     let exact = thousands(total).len();
     let mut table = match plan.patches {
+        // A checkpoint of speech has no context of tokens.
+        0 if plan.context == 0 => "memory plan".to_owned(),
         0 => format!("memory plan for {} tokens", thousands(plan.context as u64)),
         patches => format!(
             "memory plan for {} tokens and a picture of {} patches",

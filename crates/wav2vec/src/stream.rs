@@ -11,7 +11,9 @@ use crate::{Error, Recogniser, Result, SAMPLE_RATE};
 /// [`Recogniser::transcribe`], bit for bit. In longer audio the convolutions give the same numbers as long as the context
 /// is longer than half the positional kernel (1.3 seconds in the published models), but attention reaches over the
 /// whole clip offline and over `2 · context + seconds` here, and the "base" family's group norm takes its statistics from
-/// what is encoded at once. How much that changes depends on how far a model looks.
+/// what is encoded at once. How much that changes depends on how far a model looks: of a minute on the tests' random
+/// checkpoints, which look anywhere, 95 % ("large") and 63 % ("base") of the frames say the same in chunks of 20 seconds
+/// with 5 of context; where attention is silenced, all do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chunking {
     /// Seconds whose frames are kept of a chunk.

@@ -138,13 +138,21 @@ impl<W: WeightSource> Prepared<W> {
             what: format!("has the shape {found:?}, expected one that makes {shape:?}"),
         };
         match change {
-            Change::Round => Ok(self.source.tensor(name)?.to_f32()?.into_owned()),
+            Change::Round => {
+                let tensor = self.source.tensor(name)?;
+                let values = tensor.to_f32()?.into_owned();
+                // The stored numbers are not read again.
+                tensor.shared_bytes().release();
+                Ok(values)
+            }
             Change::Turn => {
                 let tensor = self.source.tensor(name)?;
-                match *tensor.shape() {
-                    [o, c, k] if o == shape[0] && c * k == shape[1] => Ok(turned(&tensor.to_f32()?, c, k)),
-                    _ => Err(wrong(tensor.shape())),
-                }
+                let turned = match *tensor.shape() {
+                    [o, c, k] if o == shape[0] && c * k == shape[1] => turned(&tensor.to_f32()?, c, k),
+                    _ => return Err(wrong(tensor.shape())),
+                };
+                tensor.shared_bytes().release();
+                Ok(turned)
             }
             Change::Fold => {
                 let [h, inner, k] = self.stored_pos_conv;
@@ -256,7 +264,7 @@ impl<W: WeightSource> WeightSource for Prepared<W> {
 
 /// Every tensor that an encoder's checkpoint must have, under its stored shape, with the prefix `scope`.
 ///
-/// `spelling` is a tensor source to look up which of the two spellings of weight norm it has.
+/// `source` tells which of the two spellings of weight norm is meant; the older one where it has neither.
 ///
 /// # Errors
 /// Only those of building the graph.

@@ -6,6 +6,7 @@ mod bench;
 mod commands;
 mod golden;
 mod refusals;
+mod speech;
 
 use std::io::Write;
 use std::path::PathBuf;

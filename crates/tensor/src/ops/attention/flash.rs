@@ -15,8 +15,10 @@ use crate::{Cpu, KvFormat, KvRows, Result};
 
 /// Keys of one block.
 const BK: usize = 256;
-/// Tiles of one block of rows.
+/// Tiles of one block of rows. Keys and values are packed anew for each block.
 const TILES: usize = 16;
+/// The same where every row sees all keys of its segment, so that a large block wastes nothing.
+const SEGMENT_TILES: usize = 64;
 /// Fewer tasks than this are cut along the keys.
 const FEW_TASKS: usize = 16;
 /// Fewest keys of a part, and most parts.
@@ -43,6 +45,10 @@ struct Plan {
     rows: usize,
 }
 
+fn block_tiles(mask: &Mask<'_>) -> usize {
+    if matches!(mask, Mask::Segments(_)) { SEGMENT_TILES } else { TILES }
+}
+
 fn plan(a: &Attention<'_>, width: usize) -> Plan {
     let group = a.h / a.kvh;
     let whole = [0, a.t as u32];
@@ -50,7 +56,7 @@ fn plan(a: &Attention<'_>, width: usize) -> Plan {
         Mask::Segments(bounds) => bounds,
         _ => &whole[..],
     };
-    let block = TILES * tile_rows(width);
+    let block = block_tiles(&a.mask) * tile_rows(width);
     let segments =
         || bounds.windows(2).map(|b| (b[0] as usize, b[1] as usize)).filter(|(from, to)| from < to);
     let blocks: usize = segments().map(|(from, to)| ((to - from) * group).div_ceil(block)).sum();
@@ -92,12 +98,14 @@ struct Sizes {
     /// Components of a head, rounded up to whole panels.
     padded: usize,
     partial: usize,
+    /// Maxima and sums of all rows.
+    stats: usize,
 }
 
 impl Sizes {
-    fn new(d: usize, width: usize) -> Sizes {
+    fn new(d: usize, width: usize, tiles: usize) -> Sizes {
         let (mr, nr) = (tile_rows(width), panel_columns(width));
-        let rows = TILES * mr;
+        let rows = tiles * mr;
         let padded = d.next_multiple_of(nr);
         Sizes {
             q: (rows * d).next_multiple_of(16),
@@ -108,38 +116,33 @@ impl Sizes {
             out: rows * padded,
             padded,
             partial: (padded + 2).next_multiple_of(16),
+            stats: (2 * rows).next_multiple_of(16),
         }
     }
 
-    fn total(&self, width: usize) -> usize {
-        self.q
-            + self.k
-            + self.v
-            + self.wide
-            + self.scores
-            + self.out
-            + (2 * TILES * tile_rows(width)).next_multiple_of(16)
+    fn total(&self) -> usize {
+        self.q + self.k + self.v + self.wide + self.scores + self.out + self.stats
     }
 }
 
 /// Floats of scratch.
 pub(super) fn scratch_floats(cpu: &Cpu, a: &Attention<'_>) -> usize {
     let width = cpu.isa().width();
-    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width));
+    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width, block_tiles(&a.mask)));
     let partials = if plan.splits > 1 { plan.splits * plan.rows * sizes.partial } else { 0 };
-    partials + cpu.threads() * sizes.total(width)
+    partials + cpu.threads() * sizes.total()
 }
 
 /// The operands were checked.
 pub(super) fn flash(cpu: &Cpu, a: &Attention<'_>, out: &mut [f32]) -> Result<()> {
     let width = cpu.isa().width();
-    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width));
+    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width, block_tiles(&a.mask)));
     let partials = if plan.splits > 1 { plan.splits * plan.rows * sizes.partial } else { 0 };
     let mut scratch = cpu.scratch(scratch_floats(cpu, a))?;
     let (partials, own) = scratch.split_at_mut(partials);
     let (partials, own, out) = (SharedMut::new(partials), SharedMut::new(own), SharedMut::new(out));
     let work = |slot: usize, i: usize| {
-        let buffers = own.at(slot * sizes.total(width));
+        let buffers = own.at(slot * sizes.total());
         cpu.isa().run(Run { a, task: &plan.tasks[i], sizes, buffers, partials, split: plan.splits > 1, out });
     };
     cpu.parallel_slots(plan.tasks.len(), &work);
