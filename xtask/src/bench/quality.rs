@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pocketglm_tensor::DType;
 use serde_json::{Value, json};
 
 use super::models::{Work, build_program};
@@ -117,7 +118,7 @@ impl Bench<'_> {
     }
 
     /// A checkpoint whose norms amplify some channels, as trained ones do: that is what importance is about.
-    fn model(&self, name: &str, dtype: &str, shape: &Shape) -> Result<PathBuf> {
+    fn model(&self, name: &str, dtype: DType, shape: &Shape) -> Result<PathBuf> {
         let base = self.file(&format!("{name}-base"));
         std::fs::create_dir_all(&base).map_err(io_error("create", &base))?;
         for file in SIDE_FILES {
@@ -126,10 +127,7 @@ impl Bench<'_> {
         }
         repo::write(&base.join("config.json"), &shape.config()?.to_string())?;
         let out = self.file(name);
-        let this = std::env::current_exe().map_err(io_error("find", Path::new("this program")))?;
-        let mut synth = Command::new(this);
-        synth.arg("synth").arg(&base).arg(&out).args(["--dtype", dtype, "--norm-std", "0.5"]);
-        repo::output_of(&mut synth)?;
+        crate::synth::make(&base, &out, dtype, 0.5)?;
         Ok(out)
     }
 
@@ -177,9 +175,12 @@ impl Bench<'_> {
 
     /// The text model by format, as Markdown.
     fn text(&self) -> Result<String> {
-        let model = self.model("text", "f32", &self.sizes.text)?;
+        let model = self.model("text", DType::F32, &self.sizes.text)?;
         let whole = self.file("f32.gguf");
         self.run(&["quantize", "--policy", "F32", "--quiet"], &[("--model", &model), ("--out", &whole)])?;
+        // The decoder alone is judged; llama.cpp's files have no vision part either.
+        let vision = self.file("mmproj-f32.gguf");
+        std::fs::remove_file(&vision).map_err(io_error("remove", &vision))?;
         let (seen, other) = (self.samples("seen.jsonl", 1)?, self.samples("other.jsonl", 2)?);
         let table = self.file("table");
         self.run(
@@ -233,7 +234,7 @@ impl Bench<'_> {
 
     /// The vision encoder by format, as Markdown.
     fn vision(&self) -> Result<String> {
-        let model = self.model("vision", "bf16", &self.sizes.vision)?;
+        let model = self.model("vision", DType::BF16, &self.sizes.vision)?;
         let samples = self.file("pictures.jsonl");
         let mut parts: Vec<Value> =
             PICTURES.map(|p| json!({ "type": "image", "image": repo::root().join(p) })).into();
