@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use pocketglm::quantise::{
-    CalibrateOptions, EvalOptions, Method, Policy, QuantiseOptions, Quantiser, Samples, Simulation, calibrate,
-    evaluate,
+    CalibrateOptions, EvalOptions, Method, Policy, QuantiseOptions, Quantiser, Samples, Simulation,
+    calibrate, evaluate,
 };
 use pocketglm::{Engine, EngineOptions, Error, KvFormat, Result};
 
@@ -59,7 +59,9 @@ fn a_simulated_policy_computes_what_its_file_does() {
                 results(path("default"), EngineOptions { fuse, ..simulated(name, None) }).unwrap();
             let same = same_rows(&found_rows, &rows);
             let (apart, lost) = (relative_l2(&found, &logits), relative_l2(&logits, &original[1]));
-            println!("{name} fuse {fuse}: {same:.2} of the rows, logits {apart:.1e}; the file lost {lost:.1e}");
+            println!(
+                "{name} fuse {fuse}: {same:.2} of the rows, logits {apart:.1e}; the file lost {lost:.1e}"
+            );
             assert!(same >= 0.5 && apart < 0.5 * lost, "{name} {fuse}: {same} {apart} {lost}");
             // The negative control: another format's rows, unless both are of eight bits in the vision encoder.
             if let Some(last) = last.filter(|_| name.starts_with(['Q', 'F'])) {
@@ -150,7 +152,10 @@ fn ranges_that_are_absent_or_of_another_model_are_refused() {
         Quantiser::open(path("default"), fixed(Some(&table))).err().unwrap(),
         Engine::open(path("default"), simulated("int8", Some(&table))).err().unwrap(),
     ] {
-        assert!(matches!(&found, Error::Calibration { what, .. } if what.contains("model.visual")), "{found}");
+        assert!(
+            matches!(&found, Error::Calibration { what, .. } if what.contains("model.visual")),
+            "{found}"
+        );
     }
     for found in [
         Quantiser::open(path("bf16"), fixed(Some(&table))).err().unwrap(),

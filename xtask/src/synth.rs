@@ -107,7 +107,8 @@ fn write(arguments: &Arguments) -> Result<Written> {
 
     let mut tensors = model.decoder(arguments.dtype)?.weights();
     tensors.extend(model.encoder(arguments.dtype)?.weights());
-    let tensors: Vec<(TensorInfo, Fill)> = tensors.into_iter().map(|t| (t.clone(), fill(&t, arguments))).collect();
+    let tensors: Vec<(TensorInfo, Fill)> =
+        tensors.into_iter().map(|t| (t.clone(), fill(&t, arguments))).collect();
     let count = |t: &TensorInfo| t.bytes() as u64;
     let written = Written { tensors: tensors.len(), bytes: tensors.iter().map(|(t, _)| count(t)).sum() };
 
@@ -295,12 +296,21 @@ mod tests {
     fn the_true_model_takes_the_promised_part_of_its_f32_size() {
         use pocketglm::quantise::{Policy, QuantiseOptions, Quantiser};
         let out = Folder::new("sizes");
-        let all = Arguments { layers: None, vision_layers: None, sparse: true, ..arguments("models/autoglm-phone-9b", &out) };
+        let all = Arguments {
+            layers: None,
+            vision_layers: None,
+            sparse: true,
+            ..arguments("models/autoglm-phone-9b", &out)
+        };
         let written = write(&Arguments { dtype: DType::BF16, ..all }).unwrap();
         assert_eq!((written.tensors, written.bytes), (704, 20_585_554_944));
-        for (policy, most) in
-            [("int8", 0.255), ("int4-g64", 0.135), ("int2-g64", 0.085), ("int2-g64-asym", 0.085), ("Q8_0", 0.27)]
-        {
+        for (policy, most) in [
+            ("int8", 0.255),
+            ("int4-g64", 0.135),
+            ("int2-g64", 0.085),
+            ("int2-g64-asym", 0.085),
+            ("Q8_0", 0.27),
+        ] {
             let options = QuantiseOptions::new(Policy::load(policy).unwrap());
             let plan = Quantiser::open(&out.0, options).unwrap().plan().clone();
             let part = plan.bytes() as f64 / (4 * plan.elements()) as f64;

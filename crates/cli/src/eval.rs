@@ -197,7 +197,16 @@ mod tests {
         };
         let text = table(&reference, std::slice::from_ref(&model));
         for wanted in [
-            "ref", "small.pglm", "25.0%", "8.125", "12.7500", "1.23e-3", "98.70%", "1,234", "1.23e-2", "0.999500",
+            "ref",
+            "small.pglm",
+            "25.0%",
+            "8.125",
+            "12.7500",
+            "1.23e-3",
+            "98.70%",
+            "1,234",
+            "1.23e-2",
+            "0.999500",
             "1,500 rows of 2 pictures",
         ] {
             assert!(text.contains(wanted), "{wanted} in\n{text}");

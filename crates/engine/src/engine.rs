@@ -65,6 +65,9 @@ impl Engine {
         if let (Some((width, height)), Some(vision)) = (screen, &model.vision) {
             size.patches = patches(&vision.images, width, height)?;
             size.all_patches = size.patches;
+            // The tokens of a picture are one token, over and over.
+            let merge = vision.config.spatial_merge_size.max(1);
+            size.rows = size.rows.saturating_sub(size.patches / (merge * merge)).max(1);
             size.pixels = width * height;
         }
         let memory = plan(&model, &cpu, &size)?;
@@ -95,8 +98,9 @@ impl Engine {
         let model = &self.inner.model;
         let patches = |p: &crate::prompt::Encodable| p.pixels.grid.iter().product::<usize>();
         let context = prompt.ids.len().saturating_add(max_new_tokens).min(model.context(&self.inner.options));
+        let different = prompt.ids.iter().collect::<std::collections::HashSet<_>>().len();
         let size = RunSize {
-            tokens: context,
+            rows: different.saturating_add(max_new_tokens).min(context),
             context: crate::session::capacity(context, model.context(&self.inner.options)),
             chunk: self.inner.options.prefill_chunk.min(prompt.ids.len()),
             patches: prompt.pictures.iter().map(|p| patches(p)).max().unwrap_or(0),
@@ -167,7 +171,7 @@ impl Engine {
 fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
     let context = model.context(options);
     RunSize {
-        tokens: context,
+        rows: context,
         context,
         chunk: options.prefill_chunk.min(context),
         patches: 0,

@@ -145,9 +145,15 @@ impl Model {
         options.report("load", 3, STEPS);
         let template = template(checkpoint)?;
         let vision = match vision_config {
-            Some(config) => {
-                Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, &weights, options, &precisions)?)
-            }
+            Some(config) => Some(VisionModel::new(
+                config,
+                &fields,
+                checkpoint,
+                &tokenizer,
+                &weights,
+                options,
+                &precisions,
+            )?),
             None => None,
         };
         options.report("load", 4, STEPS);

@@ -3,9 +3,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use crate::packed::Memory;
 use crate::simd::dot::{self, DotKernel, Dots};
 use crate::simd::{Kernel, Simd};
-use crate::packed::Memory;
 use crate::{Cpu, Result};
 
 /// Fused multiply-adds into independent accumulators that stay in registers.

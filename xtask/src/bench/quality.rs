@@ -64,7 +64,8 @@ impl Sizes {
                 vision_formats: VISION.len(),
             },
             true => {
-                let small = |blocks| Shape { layers: 1, hidden: 256, head: 64, inner: 256, vision: (blocks, 64) };
+                let small =
+                    |blocks| Shape { layers: 1, hidden: 256, head: 64, inner: 256, vision: (blocks, 64) };
                 Sizes { text: small(0), vision: small(1), prompts: (2, 16), vision_formats: 2 }
             }
         }
@@ -199,7 +200,8 @@ impl Bench<'_> {
             for format in ours {
                 for method in ["round", "search", "gptq", "awq"] {
                     let block = format.starts_with('Q');
-                    let out = self.file(&format!("{theirs}-{format}-{method}.{}", if block { "gguf" } else { "pglm" }));
+                    let out = self
+                        .file(&format!("{theirs}-{format}-{method}.{}", if block { "gguf" } else { "pglm" }));
                     self.run(
                         &["quantize", "--policy", format, "--method", method, "--quiet"],
                         &[("--model", &whole), ("--calibration", &table), ("--out", &out)],
@@ -238,7 +240,9 @@ impl Bench<'_> {
         let samples = self.file("pictures.jsonl");
         let mut parts: Vec<Value> =
             PICTURES.map(|p| json!({ "type": "image", "image": repo::root().join(p) })).into();
-        parts.push(json!({ "type": "text", "text": "What is on the screen? Tap the button and open the settings." }));
+        parts.push(
+            json!({ "type": "text", "text": "What is on the screen? Tap the button and open the settings." }),
+        );
         repo::write(&samples, &json!({ "messages": [{ "role": "user", "content": parts }] }).to_string())?;
         let mut text = String::from(
             "| format | bits | relative L2 | cosine | least cosine | KL | same top |\n| --- | --- | --- | --- | --- | --- | --- |\n",
@@ -251,7 +255,10 @@ impl Bench<'_> {
             ] });
             repo::write(&policy, &rules.to_string())?;
             let out = self.file(&format!("vision-{format}.pglm"));
-            self.run(&["quantize", "--quiet"], &[("--policy", &policy), ("--model", &model), ("--out", &out)])?;
+            self.run(
+                &["quantize", "--quiet"],
+                &[("--policy", &policy), ("--model", &model), ("--out", &out)],
+            )?;
             let found = self.eval(&model, std::slice::from_ref(&out), &samples)?;
             std::fs::remove_file(&out).map_err(io_error("remove", &out))?;
             let Some(v) = found.first() else { continue };
@@ -276,8 +283,12 @@ impl Bench<'_> {
 pub fn section(peer: Option<&Path>, quick: bool) -> Result<String> {
     let bench =
         Bench { program: build_program()?, peer, work: Work::new("quality")?, sizes: Sizes::new(quick) };
-    let Sizes { text: Shape { layers, hidden, inner, .. }, vision: Shape { vision: (blocks, width), .. }, prompts, .. } =
-        bench.sizes;
+    let Sizes {
+        text: Shape { layers, hidden, inner, .. },
+        vision: Shape { vision: (blocks, width), .. },
+        prompts,
+        ..
+    } = bench.sizes;
     let intro = format!(
         "Synthetic weights, since no trained model belongs to the repository: normally distributed matrices, and norms \
          whose channels differ (standard deviation 0.5). Ratios count, not sizes: an untrained model amplifies errors.\n\n\
@@ -305,9 +316,10 @@ mod tests {
     #[test]
     fn every_row_of_the_tables_has_numbers() {
         let text = section(None, true).unwrap();
-        let rows: Vec<&str> = text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
-        // Eight formats with four methods each, and those of the vision encoder but F16.
-        assert_eq!(rows.len(), 8 * 4 + 1, "{text}");
+        let rows: Vec<&str> =
+            text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
+        // Nine formats with four methods each, and those of the vision encoder but F16.
+        assert_eq!(rows.len(), 9 * 4 + 1, "{text}");
         assert!(!text.contains("NaN"), "{text}");
     }
 }

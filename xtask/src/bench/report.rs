@@ -175,7 +175,11 @@ mod tests {
         for (heading, text) in [("a", "1"), ("b", "2\n\n3"), ("a", "4")] {
             report.put_part("Models", "intro", heading, text).unwrap();
         }
-        assert!(report.text().ends_with("\n## Models\n\nintro\n\n### a\n\n4\n\n### b\n\n2\n\n3\n"), "{}", report.text());
+        assert!(
+            report.text().ends_with("\n## Models\n\nintro\n\n### a\n\n4\n\n### b\n\n2\n\n3\n"),
+            "{}",
+            report.text()
+        );
     }
 
     #[test]

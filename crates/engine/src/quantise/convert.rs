@@ -225,8 +225,11 @@ impl Quantiser {
             return Ok(BTreeMap::new());
         };
         // Of the embedding table rows are read; a head that is tied to it rounds its input as it comes.
-        let fixed =
-            self.plan.tensors.iter().filter(|t| t.to.is_quantised() && !t.name.ends_with("embed_tokens.weight"));
+        let fixed = self
+            .plan
+            .tensors
+            .iter()
+            .filter(|t| t.to.is_quantised() && !t.name.ends_with("embed_tokens.weight"));
         let mut ranges = BTreeMap::new();
         for t in fixed {
             let k = t.shape.last().copied().unwrap_or(0);

@@ -45,7 +45,8 @@ pub(super) fn kv_scales(model: &Model, table: &CalibrationTable) -> Result<HashM
         let (k, v) = (scales("k", text.rotary_dim / 2)?, scales("v", 0)?);
         // Query head `h` meets the key head `h / (heads / kv_heads)`.
         let spread = |s: &[f32]| -> Vec<f32> {
-            let of = |h: usize| s.get(h / (heads / kv_heads).max(1) * d..).into_iter().flatten().take(d).copied();
+            let of =
+                |h: usize| s.get(h / (heads / kv_heads).max(1) * d..).into_iter().flatten().take(d).copied();
             (0..heads).flat_map(of).collect()
         };
         let inverse = |s: &[f32]| Arc::new(s.iter().map(|s| 1.0 / s).collect::<Vec<f32>>());

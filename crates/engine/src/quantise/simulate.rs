@@ -40,7 +40,8 @@ impl Simulation {
             table.check_of(text, vision, weights)?;
         }
         let info = |name: String| {
-            let missing = || pocketglm_tensor::Error::Missing { name: name.clone(), place: "the model".into() };
+            let missing =
+                || pocketglm_tensor::Error::Missing { name: name.clone(), place: "the model".into() };
             Ok(weights.info(&name).ok_or_else(missing)?)
         };
         let matrices: Vec<TensorInfo> =
@@ -61,7 +62,8 @@ impl Simulation {
             };
             let k = info.shape.last().copied().unwrap_or(0);
             // An embedding table is read by the row: it has no input, unless it is the head as well.
-            let table = table.as_ref().filter(|t| t.knows(&info.name) || !info.name.ends_with("embed_tokens.weight"));
+            let table =
+                table.as_ref().filter(|t| t.knows(&info.name) || !info.name.ends_with("embed_tokens.weight"));
             let input_range = match table.filter(|_| made.dtype.is_quantised()) {
                 Some(table) => Some(table.input_range(&info.name, k, None)?),
                 None => None,

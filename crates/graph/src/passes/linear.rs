@@ -20,7 +20,8 @@ pub fn fuse_bias(graph: &mut Graph) -> crate::Result<usize> {
         let [x, w] = *graph.nodes[i].inputs.as_slice() else { continue };
         let weight = |v: Value| matches!(graph.node(v).op, Op::Weight(_) | Op::Constant(_));
         // A weight that went through a format and back is one still.
-        let rounded = |v: Value| matches!(&graph.node(v).op, Op::QuantDequant(_)) && weight(graph.node(v).inputs[0]);
+        let rounded =
+            |v: Value| matches!(&graph.node(v).op, Op::QuantDequant(_)) && weight(graph.node(v).inputs[0]);
         if graph.meta(w).shape.len() != 2 || !(weight(w) || rounded(w)) {
             continue;
         }

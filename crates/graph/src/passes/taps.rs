@@ -117,7 +117,8 @@ pub fn tap_caches(graph: &mut Graph) -> Vec<Tap> {
         let (Op::KvAppend(_), &[rows, state]) = (&graph.nodes[i].op, graph.nodes[i].inputs.as_slice()) else {
             continue;
         };
-        let (Op::State(cache), [_, width]) = (&graph.node(state).op, graph.meta(rows).shape.as_slice()) else {
+        let (Op::State(cache), [_, width]) = (&graph.node(state).op, graph.meta(rows).shape.as_slice())
+        else {
             continue;
         };
         let name = cache.name.clone();

@@ -922,7 +922,8 @@ pub(super) fn linear(
 
 /// The panels of a set of sources that are whole panels, of one layout; where there are fewer than streams, some twice.
 fn side_by_side<'a>(sources: &[Source<'a>; STREAMS]) -> Option<(&'a Packed, [*const u8; STREAMS])> {
-    let mut panels = sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
+    let mut panels =
+        sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
     let (packed, panel) = panels.next()?;
     if panels.any(|(p, _)| p.layout != packed.layout) {
         return None;
