@@ -50,6 +50,9 @@ pub struct Arguments {
     /// Models in the project's own format, held against llama.cpp on the first GGUF file.
     #[arg(long, num_args = 1.., requires = "peer")]
     own: Vec<PathBuf>,
+    /// Measure the models of --own alone.
+    #[arg(long, requires = "own")]
+    own_only: bool,
     /// The vision file of the first GGUF file: measures the vision encoder too.
     #[arg(long, requires = "peer")]
     mmproj: Option<PathBuf>,

@@ -79,6 +79,21 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     ))
 }
 
+/// Writes a checkpoint of the described model whose norms' channels differ by `norm_std`.
+pub fn make(model: &Path, out: &Path, dtype: DType, norm_std: f32) -> Result<()> {
+    let arguments = Arguments {
+        model: model.display().to_string(),
+        out: out.to_owned(),
+        layers: None,
+        vision_layers: None,
+        dtype,
+        norm_std,
+        sparse: false,
+        seed: 1,
+    };
+    write(&arguments).map(drop)
+}
+
 /// What was written.
 #[derive(Debug, PartialEq)]
 struct Written {

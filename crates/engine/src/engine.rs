@@ -69,6 +69,9 @@ impl Engine {
         if let (Some((width, height)), Some(vision)) = (screen, &model.vision) {
             size.patches = patches(&vision.images, width, height)?;
             size.all_patches = size.patches;
+            // The tokens of a picture are one token, over and over.
+            let merge = vision.config.spatial_merge_size.max(1);
+            size.rows = size.rows.saturating_sub(size.patches / (merge * merge)).max(1);
             size.pixels = width * height;
         }
         let memory = plan(&model, &*backend, &size)?;
@@ -110,8 +113,9 @@ impl Engine {
             |p: &crate::prompt::Encodable| p.pixels().map_or(0, |p| p.grid.iter().product::<usize>());
         let samples = || prompt.pictures.iter().map(|p| p.samples().map_or(0, <[f32]>::len));
         let context = prompt.ids.len().saturating_add(max_new_tokens).min(model.context(&self.inner.options));
+        let different = prompt.ids.iter().collect::<std::collections::HashSet<_>>().len();
         let size = RunSize {
-            tokens: context,
+            rows: different.saturating_add(max_new_tokens).min(context),
             context: crate::session::capacity(context, model.context(&self.inner.options)),
             chunk: self.inner.options.prefill_chunk.min(prompt.ids.len()),
             patches: prompt.pictures.iter().map(|p| patches(p)).max().unwrap_or(0),
@@ -199,7 +203,7 @@ pub(crate) fn backend(options: &EngineOptions, cpu: &Arc<Cpu>) -> Arc<dyn Backen
 fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
     let context = model.context(options);
     RunSize {
-        tokens: context,
+        rows: context,
         context,
         chunk: options.prefill_chunk.min(context),
         patches: 0,

@@ -69,8 +69,8 @@ impl fmt::Display for MemoryPlan {
 /// Sizes of one run, as the plan needs them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RunSize {
-    /// Tokens of prompt and answer.
-    pub tokens: usize,
+    /// Rows of the embedding table that are read: one for each token, but equal tokens share theirs.
+    pub rows: usize,
     /// Tokens that the KV cache has room for.
     pub context: usize,
     /// Tokens of the largest prefill step.
@@ -101,11 +101,11 @@ pub(crate) fn vision_bindings(patches: usize, merge: usize, segments: usize) -> 
     Bindings::new().with("M", patches / (merge * merge).max(1)).with("G", segments + 1)
 }
 
-/// Bytes that come into memory of an embedding table of `table` bytes for `tokens` tokens: a row each, and what the
-/// system maps around it.
-fn gathered_bytes(model: &Model, tokens: usize, table: u64) -> u64 {
+/// Bytes that come into memory of an embedding table of `table` bytes when `rows` rows are read, and what the system
+/// maps around each.
+fn gathered_bytes(model: &Model, rows: usize, table: u64) -> u64 {
     let row = table / model.text.vocab_size as u64;
-    table.min(tokens as u64 * (row + FAULT_AROUND_BYTES))
+    table.min(rows as u64 * (row + FAULT_AROUND_BYTES))
 }
 
 pub(crate) fn plan(model: &Model, backend: &dyn Backend, size: &RunSize) -> Result<MemoryPlan> {
@@ -117,7 +117,7 @@ pub(crate) fn plan(model: &Model, backend: &dyn Backend, size: &RunSize) -> Resu
         MemoryUse { name: "program", bytes: PROGRAM_BYTES },
         MemoryUse { name: "tokenizer", bytes: model.tokenizer_bytes * TOKENIZER_FACTOR },
         MemoryUse { name: "decoder weights", bytes: text.weights + text.converted },
-        MemoryUse { name: "embedding rows", bytes: gathered_bytes(model, size.tokens, text.gathered) },
+        MemoryUse { name: "embedding rows", bytes: gathered_bytes(model, size.rows, text.gathered) },
         MemoryUse { name: "KV cache", bytes: text.states },
         MemoryUse { name: "decoder activations", bytes: text.activations },
     ];

@@ -427,10 +427,10 @@ impl Packed {
 }
 
 /// Anonymous memory in huge pages where they are offered.
-struct Memory(MmapMut);
+pub(crate) struct Memory(pub(crate) MmapMut);
 
 impl Memory {
-    fn new(bytes: usize) -> Result<Memory> {
+    pub(crate) fn new(bytes: usize) -> Result<Memory> {
         let map = MmapMut::map_anon(bytes.max(1))
             .map_err(|_| Error::OutOfMemory { bytes, what: "packed weights".into() })?;
         // Small pages work too, only slower.
@@ -478,23 +478,64 @@ fn read_code(unit: &[u8], bits: u8, step: usize, lane: usize) -> u8 {
     code as u8
 }
 
-/// Adds the codes of one row to a unit whose bytes were zero.
-fn write_unit(unit: &mut [u8], bits: u8, codes: &[u8], lane: usize) {
-    let mut all = [0u8; UNIT];
-    all[..codes.len()].copy_from_slice(codes);
+/// Four codes of each of sixteen rows, as words.
+type Words = [u32; LANES];
+
+/// Writes the codes of a unit: `quarters[i]` are the steps `4 i .. 4 i + 4`.
+#[inline(always)]
+fn write_unit(unit: &mut [u8], bits: u8, quarters: &[Words; UNIT / 4]) {
     let (mut low, mut at) = (0, 0);
     for &plane in planes(bits) {
-        // Four codes at a time: they lie side by side in the unit, and no shift moves a bit to a neighbour.
-        let mask = ((1u32 << plane) - 1) * 0x0101_0101;
-        for (quarter, four) in all.as_chunks::<4>().0.iter().enumerate() {
-            let (byte, shift) = place(plane, 4 * quarter, lane);
-            let to = &mut unit[at + byte..at + byte + 4];
-            let before = u32::from_le_bytes([to[0], to[1], to[2], to[3]]);
-            let bits = ((u32::from_le_bytes(*four) >> low) & mask) << shift;
-            to.copy_from_slice(&(before | bits).to_le_bytes());
+        let vectors = plane as usize;
+        // No shift moves a bit to a neighbour.
+        let mask = if plane == 8 { u32::MAX } else { ((1 << plane) - 1) * 0x0101_0101 };
+        let out = unit[at..at + 64 * vectors].as_chunks_mut::<64>().0;
+        for (vector, out) in out.iter_mut().enumerate() {
+            let mut words = [0; LANES];
+            for (i, quarter) in quarters[vector..].iter().step_by(vectors).enumerate() {
+                for (word, four) in words.iter_mut().zip(quarter) {
+                    *word |= ((four >> low) & mask) << (i as u32 * plane);
+                }
+            }
+            for (out, word) in out.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+                *out = word.to_le_bytes();
+            }
         }
         low += plane;
-        at += 64 * plane as usize;
+        at += 64 * vectors;
+    }
+}
+
+/// The codes of all units of a panel; `rows` are those that there are.
+fn pack_codes(layout: &Layout, k: usize, rows: &[RowCodes], panel: &mut [u8]) {
+    let unit_bytes = layout.format.code_bytes(1);
+    for (s, span) in panel.chunks_exact_mut(layout.span_bytes).enumerate() {
+        for (u, unit) in span[layout.header..].chunks_exact_mut(unit_bytes).enumerate() {
+            let from = s * layout.span + u * UNIT;
+            if from >= k {
+                break;
+            }
+            let mut quarters = [[0; LANES]; UNIT / 4];
+            for (lane, row) in rows.iter().enumerate() {
+                let mut steps = [0; UNIT];
+                match row.codes.get(from..from + UNIT) {
+                    Some(codes) => steps.copy_from_slice(codes),
+                    None => steps[..k - from].copy_from_slice(&row.codes[from..k]),
+                }
+                for (quarter, four) in quarters.iter_mut().zip(steps.as_chunks::<4>().0) {
+                    quarter[lane] = u32::from_le_bytes(*four);
+                }
+            }
+            // Constant bits let the planes be unrolled.
+            match layout.format.bits {
+                2 => write_unit(unit, 2, &quarters),
+                3 => write_unit(unit, 3, &quarters),
+                4 => write_unit(unit, 4, &quarters),
+                5 => write_unit(unit, 5, &quarters),
+                6 => write_unit(unit, 6, &quarters),
+                _ => write_unit(unit, 8, &quarters),
+            }
+        }
     }
 }
 
@@ -518,15 +559,16 @@ fn pack_into(
         // Each panel is one task's; the lock is never contended.
         let mut panel = panels[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         panel.fill(0);
-        let mut codes = RowCodes::default();
-        for lane in 0..LANES.min(rows - i * LANES) {
-            let packed = row(i * LANES + lane, &mut codes)
-                .and_then(|()| pack_row(&layout, k, lane, &codes, &mut panel));
+        let mut all = vec![RowCodes::default(); LANES.min(rows - i * LANES)];
+        for (lane, codes) in all.iter_mut().enumerate() {
+            let packed =
+                row(i * LANES + lane, codes).and_then(|()| pack_header(&layout, k, lane, codes, &mut panel));
             if let Err(error) = packed {
                 failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
                 return;
             }
         }
+        pack_codes(&layout, k, &all, &mut panel);
     });
     match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         Some(error) => Err(error),
@@ -534,7 +576,8 @@ fn pack_into(
     }
 }
 
-fn pack_row(layout: &Layout, k: usize, lane: usize, row: &RowCodes, panel: &mut [u8]) -> Result<()> {
+/// Checks the sizes of a row and writes its scales.
+fn pack_header(layout: &Layout, k: usize, lane: usize, row: &RowCodes, panel: &mut [u8]) -> Result<()> {
     let size = |operand, wanted: usize, found: usize| {
         if wanted == found { Ok(()) } else { Err(Error::Size { op: "pack", operand, wanted, found }) }
     };
@@ -551,7 +594,7 @@ fn pack_row(layout: &Layout, k: usize, lane: usize, row: &RowCodes, panel: &mut 
     let per_span = layout.span / layout.group;
     let halves_per_span = if nested { 1 } else { per_span };
     for (s, span) in panel.chunks_exact_mut(layout.span_bytes).enumerate() {
-        let (header, codes) = span.split_at_mut(layout.header);
+        let header = &mut span[..layout.header];
         let mut halves = |values: &[u16], at: usize| {
             for (i, v) in values.iter().skip(s * halves_per_span).take(halves_per_span).enumerate() {
                 header[at + 2 * (i * LANES + lane)..][..2].copy_from_slice(&v.to_le_bytes());
@@ -566,12 +609,6 @@ fn pack_row(layout: &Layout, k: usize, lane: usize, row: &RowCodes, panel: &mut 
         };
         bytes(&row.sub_scales, layout.sub_scales);
         bytes(&row.sub_minima, layout.sub_minima);
-        let from = s * layout.span;
-        let part = &row.codes[from.min(k)..(from + layout.span).min(k)];
-        let unit_bytes = layout.format.code_bytes(1);
-        for (unit, steps) in codes.chunks_exact_mut(unit_bytes).zip(part.chunks(UNIT)) {
-            write_unit(unit, layout.format.bits, steps, lane);
-        }
     }
     Ok(())
 }

@@ -3,9 +3,10 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use crate::packed::Memory;
 use crate::simd::dot::{self, DotKernel, Dots};
 use crate::simd::{Kernel, Simd};
-use crate::{AlignedF32, Cpu, Result};
+use crate::{Cpu, Result};
 
 /// Fused multiply-adds into independent accumulators that stay in registers.
 struct FmaLoop {
@@ -133,15 +134,25 @@ pub fn dot_gops(cpu: &Cpu, milliseconds: u32) -> f64 {
     per_round * rounds as f64 * cpu.threads() as f64 / time(rounds) * 1e-9
 }
 
+/// A buffer to measure reading with, in memory as packed weights have it.
+pub struct ReadBuffer(Memory);
+
+impl std::ops::Deref for ReadBuffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0.0)
+    }
+}
+
 /// A buffer to measure reading with; it should be several times larger than the last-level cache.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`]
-pub fn read_buffer(bytes: usize) -> Result<AlignedF32> {
-    let mut buffer = AlignedF32::zeroed(bytes / 4)?;
+pub fn read_buffer(bytes: usize) -> Result<ReadBuffer> {
+    let mut memory = Memory::new(bytes.next_multiple_of(4))?;
     // Pages that were never written may all be the same one.
-    buffer.fill(1.0);
-    Ok(buffer)
+    memory.0.fill(1);
+    Ok(ReadBuffer(memory))
 }
 
 /// Bandwidth: all threads of `cpu` read `buffer` once, each one contiguous part; in 1e9 bytes a second.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::hint::black_box;
 
-use pocketglm_tensor::{AlignedF32, Bytes, Cpu, DType, KvRows, Packed, PackedFormat, Weight, ops, peak};
+use pocketglm_tensor::{Bytes, Cpu, DType, KvRows, Packed, PackedFormat, Weight, ops, peak};
 
 use super::measure::{Line, alternate};
 use super::samples::{self, values};
@@ -40,7 +40,7 @@ pub fn section(cpu: &Cpu, rounds: usize, quick: bool) -> Result<String> {
 struct Limits<'a> {
     cpu: &'a Cpu,
     milliseconds: u32,
-    buffer: AlignedF32,
+    buffer: peak::ReadBuffer,
 }
 
 impl Limits<'_> {

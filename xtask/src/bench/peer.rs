@@ -66,12 +66,13 @@ pub struct Side {
 }
 
 impl Side {
-    /// `pocketglm bench --serve`.
+    /// `pocketglm bench --serve`, with keys and values in f16 as the peer has them.
     pub fn ours(program: &Path, model: &Path, threads: usize, context: usize) -> Side {
         let mut arguments: Vec<String> =
             ["bench", "--serve", "--model"].into_iter().map(String::from).collect();
         arguments.push(model.display().to_string());
         arguments.extend(["--threads".into(), threads.to_string(), "--context".into(), context.to_string()]);
+        arguments.extend(["--kv", "f16"].map(String::from));
         Side { program: program.to_owned(), arguments }
     }
 
@@ -105,9 +106,9 @@ pub fn run(
     let Some(first) = arguments.gguf.first() else { return Ok(()) };
     let intro = "Both models are in memory and take turns; the order changes from round to round. A ratio above 1 means that \
          pocketglm is faster: the ratio of the medians, and the median of the ratios of the rounds with the smallest \
-         and the largest. llama.cpp runs with fused attention and keys and values in f16. The first token is that of a \
+         and the largest. Both keep keys and values in f16; llama.cpp runs with fused attention. The first token is that of a \
          prompt of 16 tokens, counted from the start of the process with a warm page cache.";
-    let same = arguments.gguf.iter().map(|gguf| (gguf, gguf));
+    let same = arguments.gguf.iter().filter(|_| !arguments.own_only).map(|gguf| (gguf, gguf));
     let own = arguments.own.iter().map(|own| (own, first));
     for (at, (ours, theirs)) in same.chain(own).enumerate() {
         // One encoder is measured once.

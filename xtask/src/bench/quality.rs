@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pocketglm_tensor::DType;
 use serde_json::{Value, json};
 
 use super::models::{Work, build_program};
@@ -118,7 +119,7 @@ impl Bench<'_> {
     }
 
     /// A checkpoint whose norms amplify some channels, as trained ones do: that is what importance is about.
-    fn model(&self, name: &str, dtype: &str, shape: &Shape) -> Result<PathBuf> {
+    fn model(&self, name: &str, dtype: DType, shape: &Shape) -> Result<PathBuf> {
         let base = self.file(&format!("{name}-base"));
         std::fs::create_dir_all(&base).map_err(io_error("create", &base))?;
         for file in SIDE_FILES {
@@ -127,10 +128,7 @@ impl Bench<'_> {
         }
         repo::write(&base.join("config.json"), &shape.config()?.to_string())?;
         let out = self.file(name);
-        let this = std::env::current_exe().map_err(io_error("find", Path::new("this program")))?;
-        let mut synth = Command::new(this);
-        synth.arg("synth").arg(&base).arg(&out).args(["--dtype", dtype, "--norm-std", "0.5"]);
-        repo::output_of(&mut synth)?;
+        crate::synth::make(&base, &out, dtype, 0.5)?;
         Ok(out)
     }
 
@@ -178,9 +176,12 @@ impl Bench<'_> {
 
     /// The text model by format, as Markdown.
     fn text(&self) -> Result<String> {
-        let model = self.model("text", "f32", &self.sizes.text)?;
+        let model = self.model("text", DType::F32, &self.sizes.text)?;
         let whole = self.file("f32.gguf");
         self.run(&["quantize", "--policy", "F32", "--quiet"], &[("--model", &model), ("--out", &whole)])?;
+        // The decoder alone is judged; llama.cpp's files have no vision part either.
+        let vision = self.file("mmproj-f32.gguf");
+        std::fs::remove_file(&vision).map_err(io_error("remove", &vision))?;
         let (seen, other) = (self.samples("seen.jsonl", 1)?, self.samples("other.jsonl", 2)?);
         let table = self.file("table");
         self.run(
@@ -235,7 +236,7 @@ impl Bench<'_> {
 
     /// The vision encoder by format, as Markdown.
     fn vision(&self) -> Result<String> {
-        let model = self.model("vision", "bf16", &self.sizes.vision)?;
+        let model = self.model("vision", DType::BF16, &self.sizes.vision)?;
         let samples = self.file("pictures.jsonl");
         let mut parts: Vec<Value> =
             PICTURES.map(|p| json!({ "type": "image", "image": repo::root().join(p) })).into();
@@ -317,8 +318,8 @@ mod tests {
         let text = section(None, true).unwrap();
         let rows: Vec<&str> =
             text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
-        // Eight formats with four methods each, and those of the vision encoder but F16.
-        assert_eq!(rows.len(), 8 * 4 + 1, "{text}");
+        // Nine formats with four methods each, and those of the vision encoder but F16.
+        assert_eq!(rows.len(), 9 * 4 + 1, "{text}");
         assert!(!text.contains("NaN"), "{text}");
     }
 }

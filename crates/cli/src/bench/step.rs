@@ -43,6 +43,8 @@ struct Step {
     tokens: [usize; 4],
     /// Seconds of everything, sampling and text included.
     total: f64,
+    /// Bytes that the plan for it has.
+    planned: u64,
 }
 
 /// Runs the command.
@@ -52,7 +54,7 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
         rounds.push(measure(args, engine, size, round as u32 + 1)?);
     }
     let Some(first) = rounds.first() else { return Err(Failure::NotMeasured { wanted: 1, found: 0 }) };
-    let tokens = first.tokens;
+    let (tokens, planned) = (first.tokens, first.planned);
     let seconds = [0, 1, 2, 3].map(|part| median(rounds.iter().map(|r| r.seconds[part]).collect()));
     let total = median(rounds.iter().map(|r| r.total).collect());
     let rate = |part: usize| tokens[part] as f64 / seconds[part].max(1e-9);
@@ -76,6 +78,7 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
             "parts": Value::Object(parts),
             "total_s": total,
             "peak_memory_bytes": peak_memory(),
+            "planned_memory_bytes": planned,
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -94,7 +97,7 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
     }
     out.line(&format!("{:<12}{total:>10.3}", "total"))?;
     if let Some(peak) = peak_memory() {
-        out.line(&format!("\nmemory   {} at the peak", bytes(peak)))?;
+        out.line(&format!("\nmemory   {} at the peak, {} planned", bytes(peak), bytes(planned)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -111,6 +114,7 @@ fn measure(args: &BenchArgs, engine: &Engine, size: (u32, u32), seed: u32) -> Re
     let start = Instant::now();
     let prompt = engine.prompt(&request)?;
     let preprocess = start.elapsed().as_secs_f64();
+    let planned = engine.plan(&prompt, args.max_new_tokens)?.total();
     let mut answer = begin(&mut session, engine, &prompt, &options, args.model.memory)?;
     answer.text()?;
     let total = start.elapsed().as_secs_f64();
@@ -125,6 +129,7 @@ fn measure(args: &BenchArgs, engine: &Engine, size: (u32, u32), seed: u32) -> Re
         ],
         tokens: [picture, picture, timings.prompt_tokens, timings.generated_tokens.saturating_sub(1)],
         total,
+        planned,
     })
 }
 

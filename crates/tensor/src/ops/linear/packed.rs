@@ -15,8 +15,8 @@ use crate::packed::{IQ4_TABLE, Layout, Packed, PackedFormat, ScaleKind, UNIT, Ze
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::{Cpu, Isa, Result, Weight};
 
-/// Columns of one task where one row of `x` is multiplied.
-pub(super) const FEW_CHUNK: usize = 64;
+/// Columns of one task where one row of `x` is multiplied, at most: every task begins with memory that nobody asked for.
+pub(super) const FEW_CHUNK: usize = 256;
 /// Columns of one task of a matrix product, at most and at least.
 const MAX_CHUNK: usize = 128;
 const MIN_CHUNK: usize = 64;
@@ -27,8 +27,11 @@ const X_BYTES: usize = 1 << 20;
 /// Fewest and most rows of such a block.
 const MIN_ROWS: usize = 192;
 const MAX_ROWS: usize = 512;
-/// Bytes between what is read and what is asked for.
+/// Bytes between what is read and what is asked for while panels are widened.
 const AHEAD: usize = 2048;
+/// The same while one row streams panels. Processors follow four streams by themselves; what is asked for far ahead
+/// was seen to disturb them (Zen 4: up to a third of the bandwidth at 2048 for codes of 6 bits).
+const STREAM_AHEAD: usize = 256;
 
 /// What the quantisation of `x` and the kernels depend on; parts that differ in it are multiplied one after the other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -327,6 +330,8 @@ const STREAMS: usize = 4;
 struct Gemv<'a> {
     layout: &'a Layout,
     panels: [*const u8; STREAMS],
+    /// What is read afterwards: asked for towards the end.
+    next: [*const u8; STREAMS],
     x: &'a X,
     sums: &'a mut [f32; STREAMS * LANES],
 }
@@ -345,9 +350,9 @@ impl Gemv<'_> {
         unsafe {
             // Only formats of these widths have groups of half a unit.
             if matches!(BITS, 2 | 3 | 6) && self.x.shape.group == 16 {
-                panels::<D, BITS, true>(d, self.layout, self.x, self.panels, self.sums);
+                panels::<D, BITS, true>(d, self.layout, self.x, self.panels, self.next, self.sums);
             } else {
-                panels::<D, BITS, false>(d, self.layout, self.x, self.panels, self.sums);
+                panels::<D, BITS, false>(d, self.layout, self.x, self.panels, self.next, self.sums);
             }
         }
     }
@@ -363,8 +368,10 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool>(
     l: &Layout,
     x: &X,
     mut p: [*const u8; STREAMS],
+    next: [*const u8; STREAMS],
     out: &mut [f32; STREAMS * LANES],
 ) {
+    let ends = p.map(|p| p.wrapping_add(l.span_bytes * l.spans).addr());
     let zero = d.splat_f(0.0);
     let (mut total, mut sum, mut acc) = ([zero; STREAMS], [zero; STREAMS], [d.splat_i(0); STREAMS]);
     let units = x.k / UNIT;
@@ -380,8 +387,12 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool>(
                 let block_ends = (u + 1) * UNIT == (u * UNIT / block + 1) * block || last;
                 for i in 0..STREAMS {
                     let codes = p[i].add(l.header + within * 64 * BITS);
+                    let mut ahead = codes.wrapping_add(STREAM_AHEAD);
+                    if ahead.addr() >= ends[i] {
+                        ahead = next[i].wrapping_add(ahead.addr() - ends[i]);
+                    }
                     for line in (0..64 * BITS).step_by(64) {
-                        d.prefetch(codes.wrapping_add(AHEAD + line));
+                        d.prefetch(ahead.wrapping_add(line));
                     }
                     let header = Header::new(d, l, p[i]);
                     let q = unit::<D, BITS>(d, codes, l.format.table);
@@ -900,7 +911,7 @@ pub(super) fn linear(
             dot::run(isa, Quantise { x: &quantised, values, k, stride: x_stride, first: start, rows });
         });
         if m == 1 {
-            cpu.parallel(chunks, &|chunk| gemv(isa, &quantised, chunk * rows.chunk, store));
+            cpu.parallel(chunks, &|chunk| gemv(isa, &quantised, chunk * rows.chunk, cpu.threads(), store));
         } else {
             let share = task_floats / cpu.threads();
             cpu.parallel_slots(chunks, &|slot, chunk| {
@@ -912,27 +923,42 @@ pub(super) fn linear(
     Ok(())
 }
 
-fn gemv(isa: Isa, x: &X, column: usize, store: &Store<'_>) {
+/// The panels of a set of sources that are whole panels, of one layout; where there are fewer than streams, some twice.
+fn side_by_side<'a>(sources: &[Source<'a>; STREAMS]) -> Option<(&'a Packed, [*const u8; STREAMS])> {
+    let mut panels =
+        sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
+    let (packed, panel) = panels.next()?;
+    if panels.any(|(p, _)| p.layout != packed.layout) {
+        return None;
+    }
+    let panels = std::array::from_fn(|i| match sources[i] {
+        Source::Panel(packed, panel) => packed.panel(panel),
+        _ => packed.panel(panel),
+    });
+    Some((packed, panels))
+}
+
+fn gemv(isa: Isa, x: &X, column: usize, threads: usize, store: &Store<'_>) {
     let rows = store.rows;
     let chunk = rows.chunk;
-    let mut sums = [0f32; FEW_CHUNK];
-    for first in (0..chunk).step_by(STREAMS * LANES) {
-        let sources: [Source<'_>; STREAMS] = std::array::from_fn(|i| match first + i * LANES {
+    let sources_at = |column: usize, first: usize| -> [Source<'_>; STREAMS] {
+        std::array::from_fn(|i| match first + i * LANES {
             at if at < chunk => rows.source(column + at),
             _ => Source::Nothing,
-        });
+        })
+    };
+    let mut sums = [0f32; FEW_CHUNK];
+    let mut sources = sources_at(column, 0);
+    for first in (0..chunk).step_by(STREAMS * LANES) {
+        // Threads take chunks in turn, so this thread's next one is probably as many further as there are threads.
+        let after = match first + STREAMS * LANES {
+            at if at < chunk => sources_at(column, at),
+            _ => sources_at(column + threads * chunk, 0),
+        };
         let mut out = [0f32; STREAMS * LANES];
-        // Panels of one layout go side by side; where there are fewer than streams, some go twice.
-        let panels =
-            sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
-        if let Some((packed, panel)) = panels.clone().next()
-            && panels.clone().all(|(p, _)| p.layout == packed.layout)
-        {
-            let panels = std::array::from_fn(|i| match sources[i] {
-                Source::Panel(packed, panel) => packed.panel(panel),
-                _ => packed.panel(panel),
-            });
-            dot::run(isa, Gemv { layout: &packed.layout, panels, x, sums: &mut out });
+        if let Some((packed, panels)) = side_by_side(&sources) {
+            let next = side_by_side(&after).map_or(panels, |(_, next)| next);
+            dot::run(isa, Gemv { layout: &packed.layout, panels, next, x, sums: &mut out });
         } else {
             for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
                 if let Source::Panel(packed, panel) = *source {
@@ -949,6 +975,7 @@ fn gemv(isa: Isa, x: &X, column: usize, store: &Store<'_>) {
         }
         let count = out.len().min(chunk - first);
         sums[first..first + count].copy_from_slice(&out[..count]);
+        sources = after;
     }
     isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums[..chunk], chunk });
 }
@@ -957,7 +984,7 @@ fn gemv(isa: Isa, x: &X, column: usize, store: &Store<'_>) {
 fn alone(isa: Isa, x: &X, packed: &Packed, panel: usize) -> [f32; LANES] {
     let mut out = [0f32; STREAMS * LANES];
     let panels = [packed.panel(panel); STREAMS];
-    dot::run(isa, Gemv { layout: &packed.layout, panels, x, sums: &mut out });
+    dot::run(isa, Gemv { layout: &packed.layout, panels, next: panels, x, sums: &mut out });
     std::array::from_fn(|i| out[i])
 }
 
