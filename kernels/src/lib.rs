@@ -25,6 +25,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("binary.wgsl", include_str!("../wgsl/binary.wgsl")),
     ("conv.wgsl", include_str!("../wgsl/conv.wgsl")),
     ("copy.wgsl", include_str!("../wgsl/copy.wgsl")),
+    ("copy_rate.wgsl", include_str!("../wgsl/copy_rate.wgsl")),
     ("flash_attention.wgsl", include_str!("../wgsl/flash_attention.wgsl")),
     ("flash_attention_coop_128.wgsl", include_str!("../wgsl/flash_attention_coop_128.wgsl")),
     ("flash_attention_coop_64.wgsl", include_str!("../wgsl/flash_attention_coop_64.wgsl")),
