@@ -11,6 +11,7 @@ use rustyline::{Config, DefaultEditor};
 
 use crate::args::{ModelArgs, SamplingArgs};
 use crate::failure::Failure;
+use crate::generate::tell_failure;
 use crate::interrupt::Interrupt;
 use crate::output::{Out, complain, timing_line};
 use crate::progress::Bars;
@@ -89,6 +90,7 @@ pub fn run(args: &ChatArgs) -> Result<ExitCode, Failure> {
     for path in &args.image {
         talk.show(path)?;
     }
+    tell_failure(model.engine());
     if lines.is_interactive() && !args.model.quiet {
         args.sampling.warn(&talk.options);
         complain("Type a message, /help for the commands, Ctrl-D to end.");
@@ -191,7 +193,11 @@ impl Talk {
         let begun = !answer.token_ids().is_empty();
         let finish = answer.finish_reason().unwrap_or(FinishReason::Cancelled);
         let timings = answer.timings();
+        let moved = answer.device_failure().is_some();
         drop(answer);
+        if moved {
+            tell_failure(self.chat.session().engine());
+        }
         // A turn without an answer is no part of the conversation.
         if let Some(failure) = failed {
             self.chat.take_back();

@@ -47,53 +47,22 @@ impl Engine {
     pub fn open(path: impl AsRef<Path>, options: EngineOptions) -> Result<Engine> {
         let model = Model::open(path.as_ref(), &options)?;
         let cpu = Arc::new(Cpu::new(options.threads)?);
-        match Engine::on(Devices::choose(&model, &options, &cpu), model, &options, &cpu) {
-            Ok(engine) => Ok(engine),
-            Err((model, error)) if options.fallback == Fallback::Cpu && error.device_fault().is_some() => {
-                let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(cpu.clone()));
-                let mut engine = Engine::on(Ok(Devices::only(backend)), model, &options, &cpu);
-                if let Ok(Engine { inner }) = &mut engine
-                    && let Some(inner) = Arc::get_mut(inner)
-                {
-                    inner.moved = Move::made(error.to_string());
-                }
-                engine.map_err(|(_, error)| error)
-            }
-            Err((_, error)) => Err(error),
-        }
-    }
-
-    /// An engine on these devices; the model comes back where they cannot run it.
-    fn on(
-        devices: Result<Devices>,
-        model: Model,
-        options: &EngineOptions,
-        cpu: &Arc<Cpu>,
-    ) -> std::result::Result<Engine, (Model, Error)> {
-        let compiled = devices.and_then(|devices| {
-            if options.memory.is_some() {
-                // Text alone must fit; a prompt with pictures is checked again when its pictures are known.
-                plan(&model, &devices, &text_size(&model, options))?.check(options.memory)?;
-            }
-            let decoder = devices.decoder.compile(&model.decoder, model.weights.clone())?;
-            Ok((devices, Decoder::new(decoder)))
+        let begun = Devices::choose(&model, &options, &cpu).and_then(|devices| {
+            let decoder = load(&model, &options, &devices)?;
+            Ok((devices, decoder, Move::default()))
         });
-        match compiled {
-            Err(error) => Err((model, error)),
-            Ok((devices, decoder)) => Ok(Engine {
-                inner: Arc::new(Inner {
-                    model,
-                    options: options.clone(),
-                    backend: devices.decoder.clone(),
-                    devices,
-                    cpu: cpu.clone(),
-                    decoder,
-                    vision: Encoder::default(),
-                    audio: Encoder::default(),
-                    moved: Move::default(),
-                }),
-            }),
-        }
+        let (devices, decoder, moved) = match begun {
+            Err(error) if options.fallback == Fallback::Cpu && error.device_fault().is_some() => {
+                let devices = Devices::only(Arc::new(CpuBackend::new(cpu.clone())));
+                let decoder = load(&model, &options, &devices)?;
+                (devices, decoder, Move::made(error.to_string()))
+            }
+            begun => begun?,
+        };
+        let backend = devices.decoder.clone();
+        let (vision, audio) = (Encoder::default(), Encoder::default());
+        let inner = Inner { model, options, backend, devices, cpu, decoder, vision, audio, moved };
+        Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// What a checkpoint is, and what running it will take, without loading it.
@@ -222,6 +191,15 @@ impl Engine {
         let found = model.audio.as_ref().ok_or(Error::NoAudio { found: 1 })?;
         audio.compiled(self, &devices.audio, &found.graph, found.weights.clone())
     }
+}
+
+/// The decoder's program on these devices, if its plan fits.
+fn load(model: &Model, options: &EngineOptions, devices: &Devices) -> Result<Decoder> {
+    if options.memory.is_some() {
+        // Text alone must fit; a prompt with pictures is checked again when its pictures are known.
+        plan(model, devices, &text_size(model, options))?.check(options.memory)?;
+    }
+    Ok(Decoder::new(devices.decoder.compile(&model.decoder, model.weights.clone())?))
 }
 
 pub(crate) fn text_size(model: &Model, options: &EngineOptions) -> RunSize {

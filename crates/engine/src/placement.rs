@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use pocketglm_graph::ops::Op;
 use pocketglm_graph::{Backend, CpuBackend, Graph, StagedBackend};
 use pocketglm_tensor::Cpu;
 
@@ -47,7 +48,8 @@ impl fmt::Display for Placement {
         let Placement { layers, all_layers, .. } = self;
         let mut on = vec![format!("{layers} of {all_layers} decoder layers")];
         let mut off = Vec::new();
-        let parts = [("vision encoder", self.vision), ("head", Some(self.head)), ("embedding", Some(self.embedding))];
+        let parts =
+            [("vision encoder", self.vision), ("head", Some(self.head)), ("embedding", Some(self.embedding))];
         for (name, place) in parts {
             match place {
                 Some(true) => on.push(name.into()),
@@ -171,12 +173,7 @@ fn within(
 }
 
 /// The decoder in stages: what stands before the layers, the device's layers, the rest.
-fn staged(
-    device: &Arc<dyn Backend>,
-    cpu: &Arc<dyn Backend>,
-    layers: usize,
-    head: bool,
-) -> Arc<dyn Backend> {
+fn staged(device: &Arc<dyn Backend>, cpu: &Arc<dyn Backend>, layers: usize, head: bool) -> Arc<dyn Backend> {
     let backends = vec![cpu.clone(), device.clone(), cpu.clone()];
     Arc::new(StagedBackend::new(backends, Arc::new(move |graph| stages(graph, layers, head))))
 }
@@ -193,6 +190,8 @@ fn stages(graph: &Graph, layers: usize, head: bool) -> Vec<usize> {
         stages.push(match layer {
             Some(layer) if layer < layers => 1,
             Some(_) => 2,
+            // The rows that are wanted are chosen where the last layer ran, so that the others need not move.
+            None if matches!(node.op, Op::GatherRows(_)) => 0,
             None if after && head => 1,
             None if after => 2,
             None => 0,

@@ -157,7 +157,9 @@ pub(crate) fn plan(model: &Model, devices: &Devices, size: &RunSize) -> Result<M
     let chunk = size.chunk.min(size.context).max(1);
     let past = size.context - chunk;
     let visual = if size.patches > 0 || size.samples[0] > 0 { chunk } else { 0 };
-    let text = devices.decoder.plan_placed(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
+    let text = devices
+        .decoder
+        .plan_placed(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
     let mut parts = vec![
         MemoryUse::host("program", PROGRAM_BYTES),
         MemoryUse::host("tokenizer", model.tokenizer_bytes * TOKENIZER_FACTOR),

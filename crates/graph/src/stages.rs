@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use pocketglm_tensor::{DType, WeightSource};
 
-use crate::backend::{
-    Backend, Inputs, Outputs, PlacedMemory, Program, ProgramMemory, ProgramState, Running,
-};
+use crate::backend::{Backend, Inputs, Outputs, PlacedMemory, Program, ProgramMemory, ProgramState, Running};
 use crate::dim::Bindings;
 use crate::graph::{Graph, Node, Value};
 use crate::ops::{Input, Op};
@@ -124,9 +122,13 @@ fn cut(graph: &Graph, wanted: &[usize], stages: usize) -> Result<Vec<Part>> {
         let mut stack: Vec<usize> = needed.iter().copied().chain(own.iter().map(|(_, v)| v.node())).collect();
         while let Some(i) = stack.pop() {
             needed.insert(i);
-            stack.extend(graph.nodes[i].inputs.iter().map(|v| v.node()).filter(|&p| {
-                is_repeated(&graph.nodes[p]) && !needed.contains(&p)
-            }));
+            stack.extend(
+                graph.nodes[i]
+                    .inputs
+                    .iter()
+                    .map(|v| v.node())
+                    .filter(|&p| is_repeated(&graph.nodes[p]) && !needed.contains(&p)),
+            );
         }
         let mut part = Graph::default();
         let mut moved: BTreeMap<Value, Value> = BTreeMap::new();

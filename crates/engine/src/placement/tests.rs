@@ -176,7 +176,10 @@ fn a_budget_holds_as_many_layers_as_fit() {
     assert_eq!((none.layers, none.head, none.vision, plan.device_total()), (0, false, Some(false), 0));
     let least = none.least.unwrap();
     let text = none.to_string();
-    assert!(text.starts_with("0 of 3 decoder layers on the device") && text.contains(&least.to_string()), "{text}");
+    assert!(
+        text.starts_with("0 of 3 decoder layers on the device") && text.contains(&least.to_string()),
+        "{text}"
+    );
     assert_eq!((inspect(least).0.layers, inspect(least - 1).0.layers), (1, 0));
 
     // Without room for the vision encoder, more budget is never fewer layers.
@@ -197,7 +200,11 @@ fn a_budget_holds_as_many_layers_as_fit() {
 
 #[test]
 fn a_picture_beyond_the_device_is_refused_with_figures() {
-    let with = |budget| EngineOptions { device_memory: Some(budget), ..options(Some(Pretend::healthy())) };
+    let with = |budget| EngineOptions {
+        device_memory: Some(budget),
+        context: 8192,
+        ..options(Some(Pretend::healthy()))
+    };
     let screen = Some((1080, 2400));
     let needed = Engine::inspect(golden("default"), &with(u64::MAX), screen).unwrap().1.device_total();
     let engine = open(with(needed));
@@ -205,7 +212,9 @@ fn a_picture_beyond_the_device_is_refused_with_figures() {
     let request = Request::Messages(vec![Message::parts("user", vec![Part::Image(image)])]);
     let prompt = engine.prompt(&request).unwrap();
     let refused = engine.session().generate(&prompt, &generate_options()).map(|_| ());
-    assert!(matches!(refused, Err(Error::DeviceBudget { budget, needed: n, .. }) if budget == needed && n > needed));
+    assert!(
+        matches!(refused, Err(Error::DeviceBudget { budget, needed: n, .. }) if budget == needed && n > needed)
+    );
 }
 
 #[test]

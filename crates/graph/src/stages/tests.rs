@@ -1,7 +1,7 @@
 use pocketglm_tensor::{Cpu, KvFormat};
 
 use super::*;
-use crate::ops::RopeLayout;
+use crate::ops::{RopeLayout, SoftmaxMask};
 use crate::passes;
 use crate::passes::tests::{Invented, weight};
 use crate::{CpuBackend, Dim, GraphBuilder, Output};
@@ -28,9 +28,12 @@ fn small(kv: KvFormat) -> Graph {
             let cache = g.kv_state("cache", Dim::symbol("C"), 2, 4).unwrap();
             let cache = g.kv_append(y, cache, past.clone()).unwrap();
             let seen = g.kv_read(cache, all.clone()).unwrap();
-            let seen = g.reshape(seen, &[all.clone(), 8.into()]).unwrap();
+            let seen = g.reshape(seen, &[1.into(), all.clone(), 8.into()]).unwrap();
+            let y = g.reshape(y, &[1.into(), t.clone(), 8.into()]).unwrap();
             let scores = g.matmul(y, seen, true).unwrap();
+            let scores = g.softmax(scores, SoftmaxMask::Causal { past: past.clone() }, None).unwrap();
             let y = g.matmul(scores, seen, false).unwrap();
+            let y = g.reshape(y, &[t.clone(), 8.into()]).unwrap();
             g.add(x, y).unwrap()
         });
     }
@@ -46,13 +49,15 @@ fn small(kv: KvFormat) -> Graph {
 /// Layers below `first` go to stage 0, others to stage 1, and what comes behind to `head`.
 fn by_layer(first: usize, head: usize) -> StageOf {
     Arc::new(move |graph| {
-        let of = |node: &Node| match node.scope.strip_prefix("layers.").and_then(|s| s.parse::<usize>().ok()) {
+        let of = |node: &Node| match node.scope.strip_prefix("layers.").and_then(|s| s.parse::<usize>().ok())
+        {
             Some(layer) => usize::from(layer >= first),
             None => 0,
         };
         let mut stages: Vec<usize> = graph.nodes().iter().map(of).collect();
         for (i, node) in graph.nodes().iter().enumerate() {
-            let head_op = matches!(node.op, Op::TopK(_)) || graph.outputs().iter().any(|(_, v)| v.node() == i);
+            let head_op =
+                matches!(node.op, Op::TopK(_)) || graph.outputs().iter().any(|(_, v)| v.node() == i);
             stages[i] = if head_op { head } else { stages[i] };
         }
         stages
@@ -112,8 +117,7 @@ fn a_weight_is_only_where_it_is_used_and_the_plan_adds_up() {
     let bindings = Bindings::new().with("T", 4).with("P", 0).with("C", 8);
     let whole = cpu().plan(&graph, &bindings).unwrap();
     let parts = cut(&graph, &by_layer(2, 1)(&graph), 2).unwrap();
-    let plans: Vec<ProgramMemory> =
-        parts.iter().map(|p| cpu().plan(&p.graph, &bindings).unwrap()).collect();
+    let plans: Vec<ProgramMemory> = parts.iter().map(|p| cpu().plan(&p.graph, &bindings).unwrap()).collect();
     // Two layers and a table of which rows are read; one layer and the table as a matrix.
     assert_eq!([plans[0].weights, plans[1].weights], [2 * 8 * 8 * 4, (8 * 8 + 11 * 8) * 4]);
     assert_eq!([plans[0].gathered, plans[1].gathered], [11 * 8 * 4, 0]);
