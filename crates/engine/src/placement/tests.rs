@@ -208,7 +208,7 @@ fn a_picture_beyond_the_device_is_refused_with_figures() {
     let screen = Some((1080, 2400));
     let needed = Engine::inspect(golden("default"), &with(u64::MAX), screen).unwrap().1.device_total();
     let engine = open(with(needed));
-    let image = Picture::rgb8(1600, 3200, vec![9; 1600 * 3200 * 3]).unwrap();
+    let image = Picture::rgb8(1232, 2492, vec![9; 1232 * 2492 * 3]).unwrap();
     let request = Request::Messages(vec![Message::parts("user", vec![Part::Image(image)])]);
     let prompt = engine.prompt(&request).unwrap();
     let refused = engine.session().generate(&prompt, &generate_options()).map(|_| ());
