@@ -37,6 +37,12 @@ for file in $(find "$golden/decode" -type f -size -4k \( -name '*.png' -o -name 
     [ "$kind" = jpg ] && kind=jpeg
     printf 'data:image/%s;base64,%s' "$kind" "$(base64 -w0 "$file")" > "corpus/data_url/$(basename "$file")"
 done
+# A header and a few samples of each kind.
+mkdir -p corpus/wav
+printf 'RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x80\x3e\0\0\0\x7d\0\0\x02\0\x10\0data\x08\0\0\0\0\0\xff\x7f\0\x80\x01\0' \
+    > corpus/wav/mono16
+printf 'RIFF\x34\0\0\0WAVEfmt \x10\0\0\0\x03\0\x02\0\x44\xac\0\0\x20\x62\x05\0\x08\0\x20\0data\x10\0\0\0\0\0\x80\x3f\0\0\x80\xbf\0\0\0\x3f\0\0\0\0' \
+    > corpus/wav/stereo32f
 for folder in corpus/*; do
     echo "$folder: $(find "$folder" -type f | wc -l) inputs"
 done

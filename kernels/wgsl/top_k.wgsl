@@ -1,5 +1,5 @@
 // ids[r, j] and best[r, j] = the j-th largest element of x[r, :], equal ones in the order of their indices; -1 where x
-// has a NaN. One workgroup a row: k passes, each for the largest element behind the one found before.
+// has an element that is not finite. One workgroup a row: k passes, each for the largest element behind the one found before.
 const WG = 256u;
 struct P { rows: u32, c: u32, k: u32, x: u32, ids: u32, best: u32 }
 @group(0) @binding(0) var<uniform> p: P;
@@ -19,7 +19,7 @@ fn before(v: f32, i: u32, u: f32, j: u32) -> bool {
 }
 
 // Comparisons with NaN may be optimised away, so its bits are looked at.
-fn is_nan(v: f32) -> bool { return (bitcast<u32>(v) & 0x7fffffffu) > 0x7f800000u; }
+fn is_finite(v: f32) -> bool { return (bitcast<u32>(v) & 0x7f800000u) != 0x7f800000u; }
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -35,7 +35,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     var i = NONE;
     for (var e = lane; e < p.c; e += WG) {
       let u = x[at + e];
-      if j == 0u && is_nan(u) { bad = 1u; }
+      if j == 0u && !is_finite(u) { bad = 1u; }
       let behind = j == 0u || before(last_value, last_place, u, e);
       if behind && before(u, e, v, i) { v = u; i = e; }
     }

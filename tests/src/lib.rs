@@ -20,6 +20,8 @@ mod gguf;
 #[cfg(test)]
 mod gpu_hybrid;
 #[cfg(test)]
+mod hear;
+#[cfg(test)]
 mod kv;
 #[cfg(test)]
 mod memory;
@@ -31,6 +33,8 @@ mod pictures;
 mod precision;
 #[cfg(test)]
 mod quantise;
+#[cfg(test)]
+mod senses;
 #[cfg(test)]
 mod support;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! What is compared is measured in turn, round after round, because the machine is shared and its speed drifts;
 //! medians of the rounds and their ratio are what `bench/RESULTS.md` gets. Nobody edits that file.
 
+mod audio;
 mod kernels;
 mod measure;
 mod models;
@@ -55,6 +56,12 @@ pub struct Arguments {
     /// Size of the picture. llama.cpp needs minutes for a whole screen.
     #[arg(long, default_value = "540x1200", value_parser = size)]
     vision: (u32, u32),
+    /// A Python with numpy, onnxruntime, onnx, torch and transformers, for the section `audio`.
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// Seconds of audio of that section.
+    #[arg(long, default_value_t = 30)]
+    seconds: usize,
     /// Context behind which decoding is measured as well; 0 leaves it out.
     #[arg(long, default_value_t = 4096)]
     deep: usize,
@@ -71,6 +78,8 @@ enum Section {
     Peer,
     /// Our quantised files beside those of llama.cpp's quantiser, and the vision encoder by format.
     Quality,
+    /// A speech encoder, in f32 and int8, against ONNX Runtime where there is a Python with it.
+    Audio,
 }
 
 fn size(text: &str) -> Result<(u32, u32), String> {
@@ -107,6 +116,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if wanted(Section::Quality) && !arguments.quick {
         let conditions = conditions(&cpu, 1);
         report.put(TITLES[3], conditions + &quality::section(arguments.peer.as_deref(), false)?)?;
+    }
+    if wanted(Section::Audio) && !arguments.quick {
+        let program = models::build_program()?;
+        let conditions = conditions(&cpu, rounds);
+        let python = arguments.python.as_deref();
+        let text = audio::section(&cpu, &program, rounds, python, arguments.seconds.max(1))?;
+        report.put(TITLES[4], conditions + &text)?;
     }
     match report.path() {
         Some(path) => repo::print(&format!("written to {}\n", path.display())),

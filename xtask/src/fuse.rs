@@ -14,6 +14,7 @@ use pocketglm_vit::preprocess::{PreprocessConfig, smart_resize};
 use crate::draw::svg::{self, Column};
 use crate::error::io_error;
 use crate::model::Model;
+use crate::speech::Speech;
 use crate::synth::parse_dtype;
 use crate::{Error, Result, repo};
 
@@ -85,6 +86,9 @@ impl Totals {
 
 /// Prints the figures, draws the graphs, and fails where the decode program is not reduced enough.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(speech) = Speech::open(&arguments.model)? {
+        return run_speech(&speech, arguments);
+    }
     let model = Model::open(&arguments.model)?;
     let dtype = arguments.dtype.or(model.dtype()).unwrap_or(DType::BF16);
     let decoder = rewrite(model.decoder(dtype)?)?;
@@ -120,6 +124,33 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     text.push_str(&format!("\ndecode program: {:.1} % fewer nodes\n", reduction * 100.0));
     repo::print(&text)?;
     require(reduction)
+}
+
+/// Width of the decoder that the projection of a speech model's report goes to.
+const DECODER_WIDTH: usize = 4096;
+
+/// The report of a speech model: with its head, and as the audio branch of a decoder.
+fn run_speech(speech: &Speech, arguments: &Arguments) -> Result<()> {
+    let sizes = Bindings::new().with("N", 30 * 16_000);
+    let mut text = format!("{}, weights in F32\n", speech.name);
+    let out = repo::root().join(&arguments.out);
+    fs::create_dir_all(&out).map_err(io_error("create", &out))?;
+    let branch = format!("audio branch of a decoder {DECODER_WIDTH} wide");
+    for (kind, file, graph) in [
+        ("speech recogniser", "recogniser", speech.recogniser()?),
+        (branch.as_str(), "audio-branch", speech.branch(DECODER_WIDTH)?),
+    ] {
+        let rewritten = rewrite(graph)?;
+        let programs = [program(&rewritten, "30 seconds", &sizes)?];
+        text.push_str(&format!("\n{kind}: passes\n{}", repo::table(&pass_rows(&rewritten.reports))));
+        text.push_str(&format!("\n{kind}, {} ({})\n", programs[0].name, programs[0].sizes));
+        text.push_str(&repo::table(&total_rows(&programs[0])));
+        let file = out.join(format!("{}-{file}.svg", speech.name));
+        let layers = speech.config.num_hidden_layers;
+        repo::write(&file, &drawing(&speech.name, kind, &rewritten, &programs, layers))?;
+        text.push_str(&format!("\ndrawn: {}\n", file.display()));
+    }
+    repo::print(&text)
 }
 
 fn require(reduction: f64) -> Result<()> {

@@ -17,6 +17,7 @@ mod golden;
 mod layers;
 mod model;
 mod repo;
+mod speech;
 mod synth;
 mod tidy;
 

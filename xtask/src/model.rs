@@ -25,28 +25,34 @@ pub struct Model {
     pub vision: VisionConfig,
 }
 
+/// Folder, name and `config.json` of a model: a folder under `models/` by name, a checkpoint folder, or the file itself.
+pub fn described(model: &str) -> Result<(PathBuf, String, Value)> {
+    let named = repo::root().join("models").join(model);
+    let given = Path::new(model);
+    let plain = !model.is_empty() && !model.contains(['/', '\\', '.']);
+    let file = if plain && named.join("config.json").is_file() {
+        named.join("config.json")
+    } else if given.is_dir() {
+        given.join("config.json")
+    } else {
+        given.to_owned()
+    };
+    let text = repo::read(&file)?;
+    let config: Value = serde_json::from_str(&text).map_err(|e| Error::Content {
+        place: file.display().to_string(),
+        wanted: "JSON".into(),
+        found: e.to_string(),
+    })?;
+    let folder = file.parent().unwrap_or(Path::new("")).to_owned();
+    let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
+    let name = name.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    Ok((folder, name, config))
+}
+
 impl Model {
     /// Opens a folder under `models/` by name, a checkpoint folder, or a `config.json`.
     pub fn open(model: &str) -> Result<Model> {
-        let named = repo::root().join("models").join(model);
-        let given = Path::new(model);
-        let plain = !model.is_empty() && !model.contains(['/', '\\', '.']);
-        let file = if plain && named.join("config.json").is_file() {
-            named.join("config.json")
-        } else if given.is_dir() {
-            given.join("config.json")
-        } else {
-            given.to_owned()
-        };
-        let text = repo::read(&file)?;
-        let config: Value = serde_json::from_str(&text).map_err(|e| Error::Content {
-            place: file.display().to_string(),
-            wanted: "JSON".into(),
-            found: e.to_string(),
-        })?;
-        let folder = file.parent().unwrap_or(Path::new("")).to_owned();
-        let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-        let name = name.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+        let (folder, name, config) = described(model)?;
         let (text, vision) = sizes(&config)?;
         Ok(Model { folder, name, config, text, vision })
     }

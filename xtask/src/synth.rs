@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::error::io_error;
 use crate::model::{Model, sizes};
+use crate::speech::Speech;
 use crate::{Error, Result, repo};
 
 /// Shards are about as large as those of published checkpoints.
@@ -85,7 +86,26 @@ struct Written {
     bytes: u64,
 }
 
+/// A checkpoint of a speech model. Depth is that of its description.
+fn write_speech(speech: &Speech, arguments: &Arguments) -> Result<Written> {
+    let tensors = speech.tensors(arguments.dtype)?;
+    let bytes = tensors.iter().map(|(t, _)| t.bytes() as u64).sum();
+    let out = &arguments.out;
+    fs::create_dir_all(out).map_err(io_error("create", out))?;
+    let bar = progress_bar(bytes);
+    synth::write(out, &tensors, arguments.seed, SHARD_BYTES, &mut |done, _| bar.set_position(done))?;
+    bar.finish_and_clear();
+    write_json(&out.join("config.json"), &speech.json)?;
+    for (name, path) in speech.side_files() {
+        fs::copy(&path, out.join(name)).map(drop).map_err(io_error("copy", &path))?;
+    }
+    Ok(Written { tensors: tensors.len(), bytes })
+}
+
 fn write(arguments: &Arguments) -> Result<Written> {
+    if let Some(speech) = Speech::open(&arguments.model)? {
+        return write_speech(&speech, arguments);
+    }
     let mut model = Model::open(&arguments.model)?;
     model.config = shortened(&model.config, arguments)?;
     (model.text, model.vision) = sizes(&model.config)?;

@@ -124,7 +124,7 @@ pub enum Read {
 pub enum AudioWeights {
     /// As the checkpoint stores them.
     Stored,
-    /// 8 bits, a scale for every 128 numbers.
+    /// 8 bits, a scale for every row.
     Int8,
 }
 

@@ -3,6 +3,7 @@
 
 mod meter;
 mod serve;
+mod speech;
 mod step;
 
 use std::path::PathBuf;
@@ -38,6 +39,9 @@ pub struct BenchArgs {
     /// Time one step of an agent by its parts: a made-up screenshot of this size, instructions and a question.
     #[arg(long, value_name = "WxH", value_parser = screen, conflicts_with_all = ["image", "prompt_tokens"])]
     step: Option<(u32, u32)>,
+    /// Seconds of audio that a speech checkpoint encodes at once.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = positive)]
+    seconds: usize,
     /// Time decoding alone, behind this many tokens of context.
     #[arg(long, value_name = "N", value_parser = positive, conflicts_with_all = ["image", "prompt_tokens", "step"])]
     depth: Option<usize>,
@@ -54,6 +58,9 @@ pub struct BenchArgs {
 
 /// Runs the command.
 pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
+    if pocketglm::Recogniser::is_one(&args.model.model) {
+        return speech::run(args);
+    }
     if args.serve {
         return serve::run(args);
     }

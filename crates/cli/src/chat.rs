@@ -21,6 +21,7 @@ const MAX_LINE_BYTES: u64 = 1 << 20;
 
 const HELP: &str = "\
 /image FILE  show a picture with the next message
+/audio FILE  play a WAV file with the next message
 /reset       forget the conversation
 /stats       what the last answer took and what it reused
 /help        this list
@@ -36,6 +37,9 @@ pub struct ChatArgs {
     /// Picture to show with the first message; may be given several times.
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
+    /// WAV file to play with the first message; may be given several times. The checkpoint needs an audio branch.
+    #[arg(long, value_name = "FILE")]
+    audio: Vec<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -48,6 +52,7 @@ enum Input<'l> {
     Nothing,
     Say(&'l str),
     Image(&'l str),
+    Audio(&'l str),
     Reset,
     Stats,
     Help,
@@ -61,6 +66,7 @@ fn parse(line: &str) -> Input<'_> {
     match word {
         "" => Input::Nothing,
         "/image" => Input::Image(rest),
+        "/audio" => Input::Audio(rest),
         "/reset" => Input::Reset,
         "/stats" => Input::Stats,
         "/help" => Input::Help,
@@ -82,6 +88,7 @@ pub fn run(args: &ChatArgs) -> Result<ExitCode, Failure> {
         chat: model.chat(),
         system: args.system.clone(),
         images: Vec::new(),
+        sounds: Vec::new(),
         last: None,
         out: Out::new(),
         bars,
@@ -91,6 +98,9 @@ pub fn run(args: &ChatArgs) -> Result<ExitCode, Failure> {
         talk.show(path)?;
     }
     tell_failure(model.engine());
+    for path in &args.audio {
+        talk.play(path)?;
+    }
     if lines.is_interactive() && !args.model.quiet {
         args.sampling.warn(&talk.options);
         complain("Type a message, /help for the commands, Ctrl-D to end.");
@@ -115,6 +125,7 @@ struct Talk {
     options: pocketglm::GenerateOptions,
     system: Option<String>,
     images: Vec<PathBuf>,
+    sounds: Vec<PathBuf>,
     last: Option<(Timings, FinishReason)>,
     out: Out,
     bars: Bars,
@@ -131,9 +142,15 @@ impl Talk {
                 self.show(Path::new(path))?;
                 complain("the picture goes with your next message");
             }
+            Input::Audio("") => complain("which one? /audio FILE"),
+            Input::Audio(path) => {
+                self.play(Path::new(path))?;
+                complain("the sound goes with your next message");
+            }
             Input::Reset => {
                 self.chat.clear();
                 self.images.clear();
+                self.sounds.clear();
                 self.last = None;
                 complain("the conversation is forgotten");
             }
@@ -153,6 +170,15 @@ impl Talk {
         Ok(())
     }
 
+    /// Keeps a sound for the next message, likewise.
+    fn play(&mut self, path: &Path) -> Result<(), Failure> {
+        if !path.is_file() {
+            return Err(Failure::NoPicture { path: path.display().to_string() });
+        }
+        self.sounds.push(path.to_owned());
+        Ok(())
+    }
+
     /// One turn.
     fn say(&mut self, text: &str) -> Result<(), Failure> {
         let mut prompt = Prompt::new();
@@ -162,6 +188,9 @@ impl Talk {
         // A picture that fails must not come back with every later message.
         for path in self.images.drain(..) {
             prompt = prompt.image(path);
+        }
+        for path in self.sounds.drain(..) {
+            prompt = prompt.audio(path);
         }
         let cancel = self.interrupt.begin();
         *self.chat.options_mut() = pocketglm::GenerateOptions { cancel, ..self.options.clone() };
@@ -281,6 +310,7 @@ mod tests {
             ("打开设置\n", Input::Say("打开设置")),
             ("/image a b.png", Input::Image("a b.png")),
             ("/image", Input::Image("")),
+            ("/audio a.wav", Input::Audio("a.wav")),
             ("/reset", Input::Reset),
             (" /stats ", Input::Stats),
             ("/help", Input::Help),

@@ -126,6 +126,14 @@ impl Recogniser {
         Ok(self.inner.features(&clip.input_values(self.inner.normalises()))?.values)
     }
 
+    /// Logits `[frames, vocabulary]` of samples at 16 kHz that are normalised already.
+    ///
+    /// # Errors
+    /// As [`Recogniser::transcribe`].
+    pub fn logits(&self, input_values: &[f32]) -> Result<Vec<f32>> {
+        Ok(self.inner.logits(input_values)?.values)
+    }
+
     /// The text of a WAV file of any length up to the limit, chunk by chunk, with memory for one chunk. Reads the file
     /// twice: first for mean and variance.
     ///

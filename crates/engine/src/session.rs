@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use pocketglm_bpe::{Detokenizer, StopStrings};
 use pocketglm_glm::{Sampler, Trace};
-use pocketglm_graph::{Inputs, Program, ProgramState};
+use pocketglm_graph::{Inputs, Program, ProgramState, Running};
 use pocketglm_tensor::KvFormat;
 use pocketglm_vit::preprocess::vision_positions;
 #[cfg(target_family = "wasm")]
@@ -144,6 +144,7 @@ impl Session {
             text: Detokenizer::new(true),
             token_ids: Vec::new(),
             logits: None,
+            ahead: None,
             finished: None,
             failed: false,
             moved: false,
@@ -296,6 +297,26 @@ impl Session {
         self.cached.extend(added);
         Ok(outputs.take("logits")?.values)
     }
+
+    /// Starts a run of one token behind `past` others, for the index of its largest logit. Without an id the token is
+    /// the one that the run before this one names: then the host need not know it yet.
+    fn start_best(&mut self, id: Option<u32>, past: usize, position: i32) -> Result<Box<dyn Running>> {
+        self.reserve(past + 1)?;
+        let (ids, positions) = ([id.unwrap_or(0) as i32], [position; 3]);
+        let inputs = Inputs::new()
+            .i32("position_ids", &positions)
+            .i32("image_at", &[])
+            .f32("image_embeds", &[])
+            .i32("logit_rows", &[0]);
+        let inputs = match id {
+            Some(_) => inputs.i32("input_ids", &ids),
+            None => inputs.last("input_ids", "best"),
+        };
+        let mut bindings = decoder_bindings(1, past, 0, 1, 0);
+        let state = self.state.as_mut().ok_or(Error::EmptyPrompt)?;
+        bindings.set("C", state.bindings.get("C").unwrap_or(0));
+        Ok(self.engine.inner.decoder.start(state, &inputs, &bindings, &["best"])?)
+    }
 }
 
 /// What the cache will hold for each token of a prompt.
@@ -430,6 +451,8 @@ pub struct Generation<'s> {
     text: Detokenizer,
     token_ids: Vec<u32>,
     logits: Option<Vec<f32>>,
+    /// A run of the last token that was told, whose result is the next one; only where a device works by itself.
+    ahead: Option<Box<dyn Running>>,
     finished: Option<FinishReason>,
     /// Whether an error ended the answer.
     failed: bool,
@@ -466,7 +489,7 @@ impl Generation<'_> {
     fn recover(&mut self, why: &Error) -> Result<()> {
         self.engine.move_to_cpu(why)?;
         self.session.refresh();
-        (self.moved, self.logits) = (true, None);
+        (self.moved, self.logits, self.ahead) = (true, None, None);
         self.timings.reused_tokens = 0;
         if self.token_ids.is_empty() {
             // The answer begins with its prompt, as ever.
@@ -547,13 +570,64 @@ impl Generation<'_> {
         Ok(())
     }
 
+    /// The position of the token behind `past` others.
+    fn position_behind(&self, past: usize) -> Result<i32> {
+        let index = i32::try_from(past).map_err(|_| pocketglm_glm::Error::TooLong)?;
+        Ok(index + self.prompt.positions.rope_delta)
+    }
+
     /// Runs the token that was chosen last.
     fn decode(&mut self, id: u32) -> Result<Vec<f32>> {
-        let index = self.session.cached.len();
-        let position = i32::try_from(index).map_err(|_| pocketglm_glm::Error::TooLong)?
-            + self.prompt.positions.rope_delta;
+        let position = self.position_behind(self.session.cached.len())?;
         let entry = Entry { id, position: [position; 3], picture: None };
         self.session.run(&[id as i32], &[position; 3], &[], &[], &[0], vec![entry])
+    }
+
+    /// The token behind `last` where the device chooses it. The run of that token is started before this one is known
+    /// on the host, so that the device never waits; what it computes beyond the end of an answer is overwritten.
+    fn decode_best(&mut self, last: u32) -> Result<u32> {
+        let past = self.session.cached.len();
+        let position = self.position_behind(past)?;
+        let running = match self.ahead.take() {
+            Some(running) => running,
+            None => self.session.start_best(Some(last), past, position)?,
+        };
+        // As many tokens as are still wanted, and as fit.
+        if self.token_ids.len() + 1 < self.options.max_new_tokens && past + 2 < self.context {
+            self.ahead = Some(self.session.start_best(None, past + 1, position + 1)?);
+        }
+        let best = running.finish()?.take("best")?.values.first().copied().unwrap_or(-1.0);
+        if best < 0.0 {
+            // Some logit is not finite. The plain way, over the same place of the cache, says which one.
+            self.ahead = None;
+            let mut logits = self.decode(last)?;
+            return self.sampler.sample(&mut logits).map_err(|e| self.engine.explain(e));
+        }
+        self.session.cached.push(Entry { id: last, position: [position; 3], picture: None });
+        Ok(best as u32)
+    }
+
+    /// The next token.
+    fn choose(&mut self) -> Result<u32> {
+        let start = Instant::now();
+        let mut logits = match (self.logits.take(), self.token_ids.last()) {
+            (Some(logits), _) => logits,
+            (None, Some(&last)) if self.engine.inner.decoder.overlaps() && self.sampler.takes_largest() => {
+                let id = self.decode_best(last)?;
+                self.timings.decode += start.elapsed();
+                return Ok(id);
+            }
+            (None, Some(&last)) => {
+                let logits = self.decode(last)?;
+                self.timings.decode += start.elapsed();
+                logits
+            }
+            (None, None) => {
+                self.prefill()?;
+                self.logits.take().ok_or(Error::EmptyPrompt)?
+            }
+        };
+        self.sampler.sample(&mut logits).map_err(|e| self.engine.explain(e))
     }
 
     /// One token: its text, and whether the answer goes on.
@@ -564,20 +638,7 @@ impl Generation<'_> {
         if self.options.cancel.is_cancelled() {
             return Ok(self.end(FinishReason::Cancelled));
         }
-        let mut logits = match (self.logits.take(), self.token_ids.last()) {
-            (Some(logits), _) => logits,
-            (None, Some(&last)) => {
-                let start = Instant::now();
-                let logits = self.decode(last)?;
-                self.timings.decode += start.elapsed();
-                logits
-            }
-            (None, None) => {
-                self.prefill()?;
-                self.logits.take().ok_or(Error::EmptyPrompt)?
-            }
-        };
-        let id = self.sampler.sample(&mut logits).map_err(|e| self.engine.explain(e))?;
+        let id = self.choose()?;
         self.token_ids.push(id);
         self.timings.generated_tokens += 1;
         if !self.options.ignore_eos && self.engine.inner.model.eos.contains(&id) {

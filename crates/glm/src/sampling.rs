@@ -109,6 +109,15 @@ impl Sampler {
         Ok(token)
     }
 
+    /// Whether the choice is always the largest logit, whatever was said before: then a device can make it.
+    pub fn takes_largest(&self) -> bool {
+        let s = &self.settings;
+        s.temperature == 0.0
+            && s.repetition_penalty == 1.0
+            && s.frequency_penalty == 0.0
+            && s.presence_penalty == 0.0
+    }
+
     fn penalise(&self, logits: &mut [f32]) {
         for token in &self.seen {
             if let Some(l) = logits.get_mut(*token as usize) {

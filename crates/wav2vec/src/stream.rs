@@ -8,16 +8,18 @@ use crate::{Error, Recogniser, Result, SAMPLE_RATE};
 ///
 /// A chunk is encoded together with `context` seconds of audio before and after it, of which only the chunk's own
 /// frames are kept. Audio that fits in a chunk and one context is encoded as a whole, and the result is that of
-/// [`Recogniser::transcribe`], bit for bit. Longer audio differs from it, because attention reaches over the whole clip
-/// offline and `2 · context + seconds` here, and because the "base" family's group norm takes its statistics from what
-/// is encoded at once.
+/// [`Recogniser::transcribe`], bit for bit. In longer audio the convolutions give the same numbers as long as the context
+/// is longer than half the positional kernel (1.3 seconds in the published models), but attention reaches over the
+/// whole clip offline and over `2 · context + seconds` here, and the "base" family's group norm takes its statistics from
+/// what is encoded at once. How much that changes depends on how far a model looks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chunking {
     /// Seconds whose frames are kept of a chunk.
     pub seconds: f64,
     /// Seconds before and after that are encoded along.
     pub context: f64,
-    /// Mean and variance of the whole audio, where they are known; else those of what was heard so far.
+    /// Mean and variance of the whole audio, where they are known; else those of all audio up to the end of what is
+    /// encoded.
     pub level: Option<Level>,
 }
 
@@ -34,7 +36,9 @@ pub struct Stream {
     recogniser: Recogniser,
     resampler: Resampler,
     decoder: Decoder,
+    /// Mean and variance of the first `metered` samples.
     meter: LevelMeter,
+    metered: usize,
     level: Option<Level>,
     /// Samples of a chunk and of its context, both whole frames.
     chunk: usize,
@@ -70,6 +74,7 @@ impl Stream {
             level: chunking.level,
             resampler: Resampler::new(rate)?,
             meter: LevelMeter::default(),
+            metered: 0,
             samples: Vec::new(),
             first: 0,
             next: 0,
@@ -101,9 +106,7 @@ impl Stream {
             mono.clear();
             mix(part, 1, self.taken, &mut mono)?;
             self.taken += part.len() as u64;
-            let before = self.samples.len();
             self.resampler.push(&mono, &mut self.samples)?;
-            self.meter.push(&self.samples[before..]);
             self.run(false, &mut tokens)?;
         }
         Ok(tokens)
@@ -115,23 +118,21 @@ impl Stream {
     /// As [`Stream::push`], and [`Error::TooShort`] where all audio was shorter than one frame.
     pub fn finish(mut self) -> Result<Vec<Emission>> {
         let mut tokens = Vec::new();
-        let before = self.samples.len();
         self.resampler.finish(&mut self.samples)?;
-        self.meter.push(&self.samples[before..]);
         self.run(true, &mut tokens)?;
         self.decoder.finish(&mut tokens);
         Ok(tokens)
     }
 
-    /// Encodes every chunk whose context is there; at the `end` whatever is left.
-    fn run(&mut self, end: bool, tokens: &mut Vec<Emission>) -> Result<()> {
+    /// Encodes every chunk whose context is there; where the audio has `ended`, whatever is left.
+    fn run(&mut self, ended: bool, tokens: &mut Vec<Emission>) -> Result<()> {
         let config = self.recogniser.config();
         let (per_frame, field) = (config.samples_per_frame(), config.receptive_field());
         loop {
             let total = self.first + self.samples.len();
             // The last frame of the context sees some samples more.
             let stop = self.next + self.chunk + self.context + field.saturating_sub(per_frame);
-            if total < stop && !end {
+            if total < stop && !ended {
                 return Ok(());
             }
             let frames = config.frames(total);
@@ -140,7 +141,12 @@ impl Stream {
                 return Ok(());
             }
             let from = self.next.saturating_sub(self.context);
-            let window = &self.samples[from - self.first..total.min(stop) - self.first];
+            let end = total.min(stop);
+            // Up to here and no further, so that the result does not depend on how the audio came.
+            let fresh = self.metered.max(self.first).min(end);
+            self.meter.push(&self.samples[fresh - self.first..end - self.first]);
+            self.metered = self.metered.max(end);
+            let window = &self.samples[from - self.first..end - self.first];
             let values = match self.recogniser.normalises() {
                 true => self.level.unwrap_or_else(|| self.meter.level()).normalise(window),
                 false => window.to_vec(),

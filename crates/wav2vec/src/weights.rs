@@ -53,13 +53,13 @@ pub enum Precision {
     /// As the checkpoint stores them.
     #[default]
     Stored,
-    /// Eight bits, a scale for each 128 numbers of a row; rounded while they are loaded. The first convolution, the
-    /// positional one and vectors stay as they are.
+    /// Eight bits, a scale for each row; rounded while they are loaded. The first convolution, the positional one and
+    /// vectors stay as they are.
     Int8,
 }
 
 const fn int8() -> DType {
-    match Affine::new(8, Group::G128, true) {
+    match Affine::new(8, Group::Row, true) {
         Some(affine) => DType::Affine(affine),
         None => DType::F32,
     }

@@ -9,7 +9,7 @@ use crate::error::io_error;
 use crate::{Result, repo};
 
 /// Titles in the order in which they stand in the file.
-pub const TITLES: [&str; 4] = ["Kernels", "Models", "Against llama.cpp", "What quantising loses"];
+pub const TITLES: [&str; 5] = ["Kernels", "Models", "Against llama.cpp", "What quantising loses", "Speech"];
 
 /// The file, or only the terminal.
 pub struct Report {

@@ -55,9 +55,10 @@ impl Shape {
     }
 }
 
-/// Steps of `x` that share a scale: codes of eight bits deserve finer ones.
+/// Steps of `x` that share a scale: codes of eight bits deserve finer ones, unless the weights' own steps are those of
+/// whole rows.
 fn block_of(format: PackedFormat) -> usize {
-    if format.bits == 8 { 32 } else { 128 }
+    if format.bits == 8 && format.group != 0 { 32 } else { 128 }
 }
 
 /// Whether codes, as they are multiplied, need all eight bits.
