@@ -193,6 +193,12 @@ mod tests {
     }
 
     #[test]
+    fn a_target_that_is_not_installed_is_skipped_and_not_passed() {
+        let outcome = builds_for("pdp11-unknown-unix").unwrap();
+        assert!(matches!(&outcome, Outcome::Skipped(why) if why.contains("rustup target add pdp11")));
+    }
+
+    #[test]
     fn an_unknown_target_is_refused_with_the_known_ones() {
         let error = emulated(&mut Steps::default(), "pdp11").unwrap_err().to_string();
         assert!(error.contains("aarch64-unknown-linux-musl") && error.contains("pdp11"), "{error}");

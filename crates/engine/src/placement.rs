@@ -10,7 +10,7 @@ use pocketglm_tensor::Cpu;
 use crate::engine::{patches, text_size};
 use crate::model::Model;
 use crate::plan::{RunSize, decoder_bindings, vision_bindings};
-use crate::{EngineOptions, Error, Result};
+use crate::{EngineOptions, Result};
 
 /// Scope of the decoder's layers.
 const LAYERS: &str = "model.language_model.layers.";

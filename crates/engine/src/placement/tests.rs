@@ -7,7 +7,7 @@ use pocketglm_graph::{
 use pocketglm_tensor::{KvFormat, WeightSource};
 
 use super::*;
-use crate::{Engine, Fallback, GenerateOptions, Message, Part, Picture, Prompt, Request, Session};
+use crate::{Engine, Error, Fallback, GenerateOptions, Message, Part, Picture, Prompt, Request, Session};
 
 type Graphs<T> = pocketglm_graph::Result<T>;
 
