@@ -33,7 +33,7 @@ impl StagedBackend {
 
     fn cut(&self, graph: &Graph) -> Result<Vec<(usize, Part)>> {
         let parts = cut(graph, &(self.stage_of)(graph), self.backends.len())?;
-        Ok(parts.into_iter().enumerate().filter(|(_, p)| !p.nodes.is_empty()).collect())
+        Ok(parts.into_iter().enumerate().filter(|(_, p)| !(p.nodes.is_empty() && p.own.is_empty())).collect())
     }
 }
 
@@ -108,16 +108,17 @@ fn cut(graph: &Graph, wanted: &[usize], stages: usize) -> Result<Vec<Part>> {
     for v in crossing.keys() {
         check_crossing(graph, *v)?;
     }
+    // A result that no stage computes, such as a weight, is given by the last that computes anything.
+    let giver = stage.iter().copied().max().unwrap_or(0);
     let mut parts = Vec::with_capacity(stages);
     for s in 0..stages {
         let here = |i: usize| !is_repeated(&graph.nodes[i]) && stage[i] == s;
         let mut needed: BTreeSet<usize> = (0..graph.nodes.len()).filter(|i| here(*i)).collect();
         let nodes = needed.iter().copied().collect();
-        // A result that no stage computes, such as a weight, is given by the last.
         let own: Vec<&(String, Value)> = graph
             .outputs
             .iter()
-            .filter(|(_, v)| here(v.node()) || (s == last && is_repeated(graph.node(*v))))
+            .filter(|(_, v)| here(v.node()) || (s == giver && is_repeated(graph.node(*v))))
             .collect();
         let mut stack: Vec<usize> = needed.iter().copied().chain(own.iter().map(|(_, v)| v.node())).collect();
         while let Some(i) = stack.pop() {
@@ -304,11 +305,12 @@ impl Program for StagedProgram {
         let mut carried: Vec<(&str, Carried)> = Vec::new();
         let mut results = Outputs::default();
         for (stage, state) in self.stages.iter().zip(states) {
-            if !stage.nodes.iter().any(|&i| needed[i]) {
+            let mut names: Vec<&str> =
+                stage.own.iter().map(String::as_str).filter(|n| wanted.contains(n)).collect();
+            if names.is_empty() && !stage.nodes.iter().any(|&i| needed[i]) {
                 continue;
             }
-            let own = stage.own.iter().map(String::as_str).filter(|n| wanted.contains(n));
-            let names: Vec<&str> = own.chain(stage.crossing.iter().map(String::as_str)).collect();
+            names.extend(stage.crossing.iter().map(String::as_str));
             let mut given = inputs.resolved(|output| {
                 last.iter().find(|(name, _)| name == output).map(|(_, values)| values.as_slice())
             })?;
