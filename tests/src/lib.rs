@@ -18,6 +18,8 @@ mod generation;
 #[cfg(test)]
 mod gguf;
 #[cfg(test)]
+mod gpu_hybrid;
+#[cfg(test)]
 mod hear;
 #[cfg(test)]
 mod kv;

@@ -20,6 +20,9 @@ const EMULATED: &[(&str, &str, &str)] =
 /// The crates whose code depends on the target, and the one that calls it.
 const EMULATED_PACKAGES: &[&str] = &["pocketglm-tensor", "pocketglm-graph"];
 
+/// Targets that the facade must build for, GPU included, without being run here.
+const BUILT: &[&str] = &["wasm32-unknown-unknown", "aarch64-linux-android"];
+
 /// What a step ended with.
 enum Outcome {
     Passed,
@@ -95,6 +98,9 @@ fn native(steps: &mut Steps) -> Result<()> {
     let mut doc = cargo(&["doc", "--workspace", "--no-deps"]);
     steps.command("doc", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     steps.step("deny", deny)?;
+    for target in BUILT {
+        steps.step(&format!("facade for {target}"), || builds_for(target))?;
+    }
     steps.step("examples/embed", embed)?;
     steps.command("test", &mut cargo(&["test", "--workspace"]))
 }
@@ -112,6 +118,18 @@ fn deny() -> Result<Outcome> {
         return Ok(Outcome::Passed);
     }
     repo::run(&mut cargo(&["deny", "check", "--disable-fetch", "advisories"])).map(|()| Outcome::Passed)
+}
+
+/// Checking needs no linker of the target, only its standard library.
+fn builds_for(target: &str) -> Result<Outcome> {
+    let mut rustup = Command::new("rustup");
+    rustup.current_dir(repo::root()).args(["target", "list", "--installed"]);
+    let installed = repo::output_of(&mut rustup).unwrap_or_default();
+    if !String::from_utf8_lossy(&installed).lines().any(|line| line.trim() == target) {
+        return Ok(Outcome::Skipped(format!("the target is not installed (`rustup target add {target}`)")));
+    }
+    let facade = ["check", "--package", "pocketglm", "--features", "wgpu", "--target", target];
+    repo::run(&mut cargo(&facade)).map(|()| Outcome::Passed)
 }
 
 /// The example project stands outside of the workspace, as a user's would.
@@ -172,6 +190,12 @@ mod tests {
         steps.step("two", || Ok(Outcome::Skipped("not installed".into()))).unwrap();
         assert!(steps.command("three", Command::new("git").arg("no-such-command")).is_err());
         assert_eq!(steps.summary(), "check passed: one 0 s; skipped: two\n");
+    }
+
+    #[test]
+    fn a_target_that_is_not_installed_is_skipped_and_not_passed() {
+        let outcome = builds_for("pdp11-unknown-unix").unwrap();
+        assert!(matches!(&outcome, Outcome::Skipped(why) if why.contains("rustup target add pdp11")));
     }
 
     #[test]

@@ -3,7 +3,12 @@
 //! The two patterns that matter have hand-written scanners that look at each character a bounded number of
 //! times. Any other pattern goes to a backtracking regex engine, on bounded text and with bounded work.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+#[cfg(not(target_family = "wasm"))]
+use std::time::Instant;
+
+#[cfg(target_family = "wasm")]
+use web_time::Instant;
 
 use crate::error::{Error, Result, check_max, clip};
 use crate::limits;

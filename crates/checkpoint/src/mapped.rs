@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+#[cfg(unix)]
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -110,6 +111,7 @@ fn check_length(path: &Path, file: &File, wanted: u64) -> Result<()> {
 struct Mapping(Mmap);
 
 /// Pages are at most so large on the systems that this runs on.
+#[cfg(unix)]
 const PAGE: usize = 64 << 10;
 
 impl BytesOwner for Mapping {

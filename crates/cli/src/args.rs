@@ -9,6 +9,8 @@ use pocketglm::{
 
 use crate::failure::Failure;
 use crate::output::complain;
+#[cfg(feature = "wgpu")]
+use crate::output::human;
 use crate::progress::{Bars, Work};
 
 /// Which checkpoint runs, and how.
@@ -25,6 +27,14 @@ pub struct ModelArgs {
     #[cfg(feature = "wgpu")]
     #[arg(long, value_name = "NAME")]
     pub gpu: Option<String>,
+    /// Most bytes of the GPU's memory, as in 3GiB: the layers that do not fit run on the processor.
+    #[cfg(feature = "wgpu")]
+    #[arg(long, value_name = "BYTES", value_parser = byte_size)]
+    pub gpu_memory: Option<u64>,
+    /// What happens when the GPU is not there, is lost or has no memory left: an error, or the processor goes on.
+    #[cfg(feature = "wgpu")]
+    #[arg(long, value_enum, default_value_t = Fallback::Error)]
+    pub gpu_fallback: Fallback,
     /// Threads; 0 takes as many as the system offers.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -71,6 +81,24 @@ pub enum Backend {
     /// A GPU, through Vulkan, Metal, DX12 or WebGPU.
     #[cfg(feature = "wgpu")]
     Wgpu,
+}
+
+/// What happens when the GPU fails.
+#[cfg(feature = "wgpu")]
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// The command ends with an error.
+    Error,
+    /// The processor goes on, and a note says so.
+    Cpu,
+}
+
+/// What runs the model, opened.
+pub struct Opened {
+    /// The backend.
+    pub backend: std::sync::Arc<dyn pocketglm::Backend>,
+    /// What a report says about it: labels and texts.
+    pub facts: Vec<(&'static str, String)>,
 }
 
 /// How messages reach the chat template.
@@ -139,8 +167,17 @@ impl ModelArgs {
     /// # Errors
     /// A GPU that was asked for and is not there.
     pub fn options(&self, bars: &Bars) -> Result<EngineOptions, Failure> {
-        Ok(EngineOptions {
-            backend: self.backend()?,
+        Ok(self.options_on(self.backend()?.map(|opened| opened.backend), bars))
+    }
+
+    /// The engine's options with a backend that is open.
+    pub fn options_on(
+        &self,
+        backend: Option<std::sync::Arc<dyn pocketglm::Backend>>,
+        bars: &Bars,
+    ) -> EngineOptions {
+        let options = EngineOptions {
+            backend,
             threads: self.threads,
             context: self.context,
             prefill_chunk: self.prefill_chunk,
@@ -161,11 +198,24 @@ impl ModelArgs {
             simulate: None,
             progress: bars.hook(),
             ..EngineOptions::default()
-        })
+        };
+        #[cfg(feature = "wgpu")]
+        let options = EngineOptions {
+            device_memory: self.gpu_memory,
+            fallback: match self.gpu_fallback {
+                Fallback::Error => pocketglm::Fallback::Error,
+                Fallback::Cpu => pocketglm::Fallback::Cpu,
+            },
+            ..options
+        };
+        options
     }
 
     /// What runs the model; `None` is the processor.
-    fn backend(&self) -> Result<Option<std::sync::Arc<dyn pocketglm::Backend>>, Failure> {
+    ///
+    /// # Errors
+    /// A GPU that was asked for and is not there, unless the processor may go on.
+    pub fn backend(&self) -> Result<Option<Opened>, Failure> {
         match self.backend {
             Backend::Cpu => Ok(None),
             #[cfg(feature = "wgpu")]
@@ -174,7 +224,14 @@ impl ModelArgs {
                     adapter: self.gpu.clone(),
                     ..pocketglm::gpu::GpuOptions::default()
                 };
-                Ok(Some(pocketglm::gpu::open(&options)?))
+                match pocketglm::gpu::Gpu::open(&options) {
+                    Ok(gpu) => Ok(Some(Opened { backend: gpu.backend(), facts: gpu_facts(gpu.info()) })),
+                    Err(error) if self.gpu_fallback == Fallback::Cpu => {
+                        complain(&format!("note: the processor runs the model: {error}"));
+                        Ok(None)
+                    }
+                    Err(error) => Err(error.into()),
+                }
             }
         }
     }
@@ -191,6 +248,25 @@ impl ModelArgs {
             (opened, _) => Ok(opened?),
         }
     }
+}
+
+/// What a report says about a GPU.
+#[cfg(feature = "wgpu")]
+pub fn gpu_facts(info: &pocketglm::gpu::GpuInfo) -> Vec<(&'static str, String)> {
+    let kind = if info.software { ", a program on the processor" } else { "" };
+    let features = if info.features.is_empty() { "none".into() } else { info.features.join(", ") };
+    let limits = format!(
+        "{} in a binding, {} in a buffer, {} of workgroup memory",
+        human(info.binding_limit),
+        human(info.buffer_limit),
+        human(info.workgroup_memory.into())
+    );
+    vec![
+        ("gpu", format!("{}{kind}", info.name)),
+        ("  driver", format!("{}, {}", info.api, info.driver)),
+        ("  features", features),
+        ("  limits", limits),
+    ]
 }
 
 /// How a model runs where it only reads prompts.

@@ -11,6 +11,7 @@ use rustyline::{Config, DefaultEditor};
 
 use crate::args::{ModelArgs, SamplingArgs};
 use crate::failure::Failure;
+use crate::generate::tell_failure;
 use crate::interrupt::Interrupt;
 use crate::output::{Out, complain, timing_line};
 use crate::progress::Bars;
@@ -96,6 +97,7 @@ pub fn run(args: &ChatArgs) -> Result<ExitCode, Failure> {
     for path in &args.image {
         talk.show(path)?;
     }
+    tell_failure(model.engine());
     for path in &args.audio {
         talk.play(path)?;
     }
@@ -220,7 +222,11 @@ impl Talk {
         let begun = !answer.token_ids().is_empty();
         let finish = answer.finish_reason().unwrap_or(FinishReason::Cancelled);
         let timings = answer.timings();
+        let moved = answer.device_failure().is_some();
         drop(answer);
+        if moved {
+            tell_failure(self.chat.session().engine());
+        }
         // A turn without an answer is no part of the conversation.
         if let Some(failure) = failed {
             self.chat.take_back();

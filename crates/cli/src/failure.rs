@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_refused_plan_names_both_figures() {
-        let plan = MemoryPlan { parts: vec![], context: 0, patches: 0 };
+        let plan = MemoryPlan { parts: vec![], context: 0, patches: 0, placement: None };
         let text = Failure::Budget { plan, budget: 2048, shown: true }.to_string();
         assert_eq!(text, "the plan needs 0 bytes, --memory allows 2.00 KiB (2,048 bytes)");
     }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::args::{ModelArgs, SamplingArgs, screen};
 use crate::failure::Failure;
 use crate::interrupt::{INTERRUPTED, Interrupt};
-use crate::output::{Out, complain, timing_line};
+use crate::output::{Out, complain, one_line, timing_line};
 use crate::progress::Bars;
 use crate::taps;
 
@@ -110,6 +110,7 @@ pub fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
             "token_ids": answer.token_ids(),
             "prompt_tokens": prompt.token_ids().len(),
             "finish_reason": finish.as_str(),
+            "device_failure": engine.device_failure(),
             "timings": timings_json(load, &timings),
         });
         if let Some((_, taps)) = &taps {
@@ -120,10 +121,18 @@ pub fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
     for (size, tap) in taps.iter().flat_map(|(size, taps)| taps.iter().map(move |t| (size, t))) {
         complain(&tap.line(*size));
     }
+    tell_failure(engine);
     if !quiet {
         complain(&format!("[{}]", timing_line(&timings, finish.as_str())));
     }
     Ok(if finish == FinishReason::Cancelled { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+/// Says so where the processor took over from a device: that is never silent.
+pub fn tell_failure(engine: &Engine) {
+    if let Some(why) = engine.device_failure() {
+        complain(&format!("note: the device failed, and the processor went on: {}", one_line(why)));
+    }
 }
 
 /// The conversation that the flags describe: pictures, the video and sounds stand before the text.

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use pocketglm::{Engine, MemoryPlan, ModelInfo, Recogniser, RecogniserInfo};
+use pocketglm::{Engine, MemoryPlan, MemoryUse, ModelInfo, Placement, Recogniser, RecogniserInfo};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, screen};
@@ -38,7 +38,8 @@ pub struct InfoArgs {
 /// Runs the command.
 pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     // Inspecting takes a moment at most, so there is no bar.
-    let options = args.model.options(&Bars::new(true))?;
+    let opened = args.model.backend()?;
+    let options = args.model.options_on(opened.as_ref().map(|o| o.backend.clone()), &Bars::new(true));
     if Recogniser::is_one(&args.model.model) {
         return hears(args);
     }
@@ -47,22 +48,30 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     let (info, plan) = Engine::inspect(&args.model.model, &options, picture)?;
     let screen = wanted.filter(|_| info.vision_blocks > 0);
     let refused = args.model.memory.filter(|budget| plan.total() > *budget);
+    // A device is told by its backend, which is open; the processor by an engine, which shows that the checkpoint loads.
+    let device = || match &opened {
+        Some(opened) => Ok(opened.backend.describe()),
+        None => device(args),
+    };
 
     let mut out = Out::new();
     if args.json {
         let mut object = report_json(&info, &plan, screen);
         object["memory"] = json!(args.model.memory);
         object["fits"] = json!(refused.is_none());
-        object["device"] = if refused.is_none() { json!(device(args)?) } else { Value::Null };
+        object["device"] = if refused.is_none() { json!(device()?) } else { Value::Null };
         out.json(&object)?;
     } else {
         out.line(&report(&info, &plan, screen))?;
+        for (label, text) in opened.iter().flat_map(|o| &o.facts) {
+            out.line(&format!("{label:LABEL$}{text}"))?;
+        }
     }
     if let Some(budget) = refused {
         return Err(Failure::Budget { plan, budget, shown: true });
     }
-    if !args.json {
-        out.line(&format!("{:LABEL$}{}", "device", device(args)?))?;
+    if !args.json && opened.is_none() {
+        out.line(&format!("{:LABEL$}{}", "device", device()?))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -127,8 +136,25 @@ fn speech(info: &RecogniserInfo, plan: &MemoryPlan) -> String {
     lines.join("\n")
 }
 
+fn parts_json(plan: &MemoryPlan) -> Vec<Value> {
+    let part = |p: &MemoryUse| json!({"name": p.name, "bytes": p.bytes, "device_bytes": p.device});
+    plan.parts.iter().map(part).collect()
+}
+
+fn placement_json(placement: &Placement) -> Value {
+    json!({
+        "device": placement.device,
+        "layers": placement.layers,
+        "of": placement.all_layers,
+        "head": placement.head,
+        "embedding": placement.embedding,
+        "vision": placement.vision,
+        "budget": placement.budget,
+    })
+}
+
 fn speech_json(info: &RecogniserInfo, plan: &MemoryPlan) -> Value {
-    let parts: Vec<Value> = plan.parts.iter().map(|p| json!({"name": p.name, "bytes": p.bytes})).collect();
+    let parts = parts_json(plan);
     json!({
         "model_type": "wav2vec2",
         "layers": info.config.num_hidden_layers,
@@ -213,7 +239,7 @@ fn report_json(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) 
     let total = total(info);
     let sizes: serde_json::Map<String, Value> =
         TYPES.into_iter().map(|(name, bits)| (name.into(), total.bytes_at(bits).into())).collect();
-    let parts: Vec<Value> = plan.parts.iter().map(|p| json!({"name": p.name, "bytes": p.bytes})).collect();
+    let parts = parts_json(plan);
     json!({
         "model_type": info.model_type,
         "layers": info.layers,
@@ -235,7 +261,13 @@ fn report_json(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) 
         "context": plan.context,
         "kv_bytes": info.kv_bytes_per_token.saturating_mul(plan.context as u64),
         "screen": screen,
-        "plan": {"parts": parts, "patches": plan.patches, "total": plan.total()},
+        "placement": plan.placement.as_ref().map(placement_json),
+        "plan": {
+            "parts": parts,
+            "patches": plan.patches,
+            "total": plan.total(),
+            "device_total": plan.device_total(),
+        },
     })
 }
 
@@ -243,7 +275,7 @@ fn report_json(info: &ModelInfo, plan: &MemoryPlan, screen: Option<(u32, u32)>) 
 mod tests {
     use std::collections::BTreeMap;
 
-    use pocketglm::{MemoryUse, Parameters};
+    use pocketglm::Parameters;
 
     use super::*;
 
@@ -263,8 +295,9 @@ mod tests {
             vocabulary: 151_552,
             kv_bytes_per_token: 163_840,
         };
-        let parts = vec![MemoryUse { name: "weights", bytes: 5 }, MemoryUse { name: "KV cache", bytes: 7 }];
-        (info, MemoryPlan { parts, context: 8192, patches: 13_416 })
+        let part = |name, bytes| MemoryUse { name, bytes, device: 0 };
+        let parts = vec![part("weights", 5), part("KV cache", 7)];
+        (info, MemoryPlan { parts, context: 8192, patches: 13_416, placement: None })
     }
 
     #[test]

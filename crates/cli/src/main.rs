@@ -14,6 +14,8 @@ mod chat;
 mod eval;
 mod failure;
 mod generate;
+#[cfg(feature = "wgpu")]
+mod gpus;
 mod info;
 mod interrupt;
 mod output;
@@ -44,6 +46,9 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Show what a checkpoint is and how much memory it will take, without loading it.
     Info(info::InfoArgs),
+    /// List the GPUs of this machine, the one that `--backend wgpu` takes first.
+    #[cfg(feature = "wgpu")]
+    Gpus(gpus::GpusArgs),
     /// Measure load time, prefill and decode speed, and peak memory.
     Bench(bench::BenchArgs),
     /// Write the intermediate tensors of one forward pass to a safetensors file.
@@ -63,6 +68,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Info(args) => info::run(&args),
+        #[cfg(feature = "wgpu")]
+        Command::Gpus(args) => gpus::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Transcribe(args) => transcribe::run(&args),

@@ -108,9 +108,9 @@ pub fn bytes(n: u64) -> String {
 /// A memory plan as a table: use, human size, exact bytes.
 pub fn plan_table(plan: &MemoryPlan) -> String {
     let total = plan.total();
-    let mut rows: Vec<(&str, u64)> = plan.parts.iter().map(|p| (p.name, p.bytes)).collect();
-    rows.push(("total", total));
-    let name = rows.iter().map(|(n, _)| n.len()).max().unwrap_or(0);
+    let mut rows: Vec<(&str, u64, u64)> = plan.parts.iter().map(|p| (p.name, p.bytes, p.device)).collect();
+    rows.push(("total", total, plan.device_total()));
+    let name = rows.iter().map(|(n, ..)| n.len()).max().unwrap_or(0);
     let exact = thousands(total).len();
     let mut table = match plan.patches {
         // A checkpoint of speech has no context of tokens.
@@ -122,8 +122,14 @@ pub fn plan_table(plan: &MemoryPlan) -> String {
             thousands(patches as u64)
         ),
     };
-    for (label, n) in rows {
+    for (label, n, device) in rows {
         table.push_str(&format!("\n  {label:name$}  {:>12}  {:>exact$} bytes", human(n), thousands(n)));
+        if device > 0 {
+            table.push_str(&format!(", {:>exact$} on the device", thousands(device)));
+        }
+    }
+    if let Some(placement) = &plan.placement {
+        table.push_str(&format!("\nplacement: {placement}"));
     }
     table
 }
@@ -177,11 +183,12 @@ mod tests {
 
     #[test]
     fn the_plan_table_has_every_part_and_the_total() {
-        let part = |name, bytes| MemoryUse { name, bytes };
+        let part = |name, bytes| MemoryUse { name, bytes, device: 0 };
         let plan = MemoryPlan {
             parts: vec![part("weights", 2048), part("KV cache", 10)],
             context: 8192,
             patches: 60,
+            placement: None,
         };
         assert_eq!(
             plan_table(&plan),

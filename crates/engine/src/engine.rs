@@ -7,9 +7,11 @@ use pocketglm_graph::{Backend, CpuBackend, Graph, Program};
 use pocketglm_tensor::{Cpu, WeightSource};
 use pocketglm_vit::preprocess::{PreprocessConfig, resized_size};
 
+use crate::fallback::{Decoder, Encoder, Move};
 use crate::model::{Model, ModelInfo};
+use crate::placement::Devices;
 use crate::plan::{RunSize, plan};
-use crate::{EngineOptions, Error, MemoryPlan, Prompt, Request, Result, Session};
+use crate::{EngineOptions, Error, Fallback, MemoryPlan, Prompt, Request, Result, Session};
 
 /// A loaded checkpoint. Clones share it; it can be used from any thread.
 #[derive(Clone)]
@@ -20,14 +22,18 @@ pub struct Engine {
 pub(crate) struct Inner {
     pub model: Model,
     pub options: EngineOptions,
+    /// What runs the decoder.
     pub backend: Arc<dyn Backend>,
+    pub devices: Devices,
     /// For the work around the programs.
     pub cpu: Arc<Cpu>,
-    pub decoder: Box<dyn Program>,
+    pub decoder: Decoder,
     /// Compiled with the first picture, so that text alone never touches the vision weights.
-    pub vision: std::sync::OnceLock<Box<dyn Program>>,
+    pub vision: Encoder,
     /// Compiled with the first sound.
-    pub audio: std::sync::OnceLock<Box<dyn Program>>,
+    pub audio: Encoder,
+    /// Whether the device was given up.
+    pub moved: Move,
 }
 
 impl Engine {
@@ -41,15 +47,22 @@ impl Engine {
     pub fn open(path: impl AsRef<Path>, options: EngineOptions) -> Result<Engine> {
         let model = Model::open(path.as_ref(), &options)?;
         let cpu = Arc::new(Cpu::new(options.threads)?);
-        let backend = backend(&options, &cpu);
-        if options.memory.is_some() {
-            // Text alone must fit; a prompt with pictures is checked again when its pictures are known.
-            let size = text_size(&model, &options);
-            plan(&model, &*backend, &size)?.check(options.memory)?;
-        }
-        let decoder = backend.compile(&model.decoder, model.weights.clone())?;
-        let (vision, audio) = (std::sync::OnceLock::new(), std::sync::OnceLock::new());
-        Ok(Engine { inner: Arc::new(Inner { model, options, backend, cpu, decoder, vision, audio }) })
+        let begun = Devices::choose(&model, &options, &cpu).and_then(|devices| {
+            let decoder = load(&model, &options, &devices)?;
+            Ok((devices, decoder, Move::default()))
+        });
+        let (devices, decoder, moved) = match begun {
+            Err(error) if options.fallback == Fallback::Cpu && error.device_fault().is_some() => {
+                let devices = Devices::only(Arc::new(CpuBackend::new(cpu.clone())));
+                let decoder = load(&model, &options, &devices)?;
+                (devices, decoder, Move::made(error.to_string()))
+            }
+            begun => begun?,
+        };
+        let backend = devices.decoder.clone();
+        let (vision, audio) = (Encoder::default(), Encoder::default());
+        let inner = Inner { model, options, backend, devices, cpu, decoder, vision, audio, moved };
+        Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// What a checkpoint is, and what running it will take, without loading it.
@@ -64,7 +77,7 @@ impl Engine {
         screen: Option<(usize, usize)>,
     ) -> Result<(ModelInfo, MemoryPlan)> {
         let model = Model::open(path.as_ref(), options)?;
-        let backend = backend(options, &Arc::new(Cpu::new(options.threads)?));
+        let devices = Devices::choose(&model, options, &Arc::new(Cpu::new(options.threads)?))?;
         let mut size = text_size(&model, options);
         if let (Some((width, height)), Some(vision)) = (screen, &model.vision) {
             size.patches = patches(&vision.images, width, height)?;
@@ -74,7 +87,7 @@ impl Engine {
             size.rows = size.rows.saturating_sub(size.patches / (merge * merge)).max(1);
             size.pixels = width * height;
         }
-        let memory = plan(&model, &*backend, &size)?;
+        let memory = plan(&model, &devices, &size)?;
         Ok((model.info(), memory))
     }
 
@@ -83,9 +96,12 @@ impl Engine {
         self.inner.model.info()
     }
 
-    /// The device that runs it.
+    /// What runs it: after a failure of the device the processor.
     pub fn device(&self) -> String {
-        self.inner.backend.describe()
+        match self.has_moved() {
+            true => self.inner.devices.cpu.describe(),
+            false => self.inner.backend.describe(),
+        }
     }
 
     /// Bytes that a large copy in the device's memory moves in a second, where the device is not the processor.
@@ -123,7 +139,10 @@ impl Engine {
             pixels: prompt.pictures.iter().map(|p| p.decoded).max().unwrap_or(0),
             samples: [samples().max().unwrap_or(0), samples().sum()],
         };
-        plan(model, &*self.inner.backend, &size)
+        match self.has_moved() {
+            true => plan(model, &Devices::only(self.inner.devices.cpu.clone()), &size),
+            false => plan(model, &self.inner.devices, &size),
+        }
     }
 
     /// The sampling that the checkpoint's `generation_config.json` recommends; greedy where it has none.
@@ -173,25 +192,16 @@ impl Engine {
 
     /// The compiled vision encoder.
     pub(crate) fn vision(&self) -> Result<&dyn Program> {
-        let inner = &self.inner;
-        if let Some(program) = inner.vision.get() {
-            return Ok(&**program);
-        }
-        let model = inner.model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
-        let program = inner.backend.compile(&model.graph, inner.model.extended.clone())?;
-        // Another thread may have been faster; its program is as good.
-        Ok(&**inner.vision.get_or_init(|| program))
+        let Inner { model, devices, vision, .. } = &*self.inner;
+        let found = model.vision.as_ref().ok_or(Error::NoVision { found: 1 })?;
+        vision.compiled(self, &devices.vision, &found.graph, model.extended.clone())
     }
 
     /// The compiled audio encoder.
     pub(crate) fn audio(&self) -> Result<&dyn Program> {
-        let inner = &self.inner;
-        if let Some(program) = inner.audio.get() {
-            return Ok(&**program);
-        }
-        let model = inner.model.audio.as_ref().ok_or(Error::NoAudio { found: 1 })?;
-        let program = inner.backend.compile(&model.graph, model.weights.clone())?;
-        Ok(&**inner.audio.get_or_init(|| program))
+        let Inner { model, devices, audio, .. } = &*self.inner;
+        let found = model.audio.as_ref().ok_or(Error::NoAudio { found: 1 })?;
+        audio.compiled(self, &devices.audio, &found.graph, found.weights.clone())
     }
 }
 
@@ -200,7 +210,16 @@ pub(crate) fn backend(options: &EngineOptions, cpu: &Arc<Cpu>) -> Arc<dyn Backen
     options.backend.clone().unwrap_or_else(|| Arc::new(CpuBackend::new(cpu.clone())))
 }
 
-fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
+/// The decoder's program on these devices, if its plan fits.
+fn load(model: &Model, options: &EngineOptions, devices: &Devices) -> Result<Decoder> {
+    if options.memory.is_some() {
+        // Text alone must fit; a prompt with pictures is checked again when its pictures are known.
+        plan(model, devices, &text_size(model, options))?.check(options.memory)?;
+    }
+    Ok(Decoder::new(devices.decoder.compile(&model.decoder, model.weights.clone())?))
+}
+
+pub(crate) fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
     let context = model.context(options);
     RunSize {
         rows: context,
@@ -214,7 +233,7 @@ fn text_size(model: &Model, options: &EngineOptions) -> RunSize {
 }
 
 /// Patches of a still picture of this size.
-fn patches(config: &PreprocessConfig, width: usize, height: usize) -> Result<usize> {
+pub(crate) fn patches(config: &PreprocessConfig, width: usize, height: usize) -> Result<usize> {
     let (h, w) = resized_size(config.temporal_patch_size(), height, width, config)?;
     Ok((h / config.patch_size()) * (w / config.patch_size()))
 }

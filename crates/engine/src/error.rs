@@ -125,6 +125,16 @@ pub enum Error {
         /// Bytes allowed.
         budget: u64,
     },
+    /// The plan does not fit what the device may be asked for.
+    #[error("the model needs {needed} bytes of the device ({plan}), {budget} bytes are allowed")]
+    DeviceBudget {
+        /// Bytes needed.
+        needed: u64,
+        /// The parts, with their bytes.
+        plan: String,
+        /// Bytes allowed.
+        budget: u64,
+    },
     /// A prompt that does not fit the context.
     #[error("the prompt has {prompt} tokens, the context holds {context}")]
     Context {
@@ -245,4 +255,14 @@ pub enum Error {
     /// The work was cancelled.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl Error {
+    /// The fault of a device, where one is behind this error.
+    pub fn device_fault(&self) -> Option<pocketglm_graph::DeviceFault> {
+        match self {
+            Error::Graph(error) => error.device_fault(),
+            _ => None,
+        }
+    }
 }

@@ -15,7 +15,7 @@ use crate::quantise::Simulation;
 /// How far a long step has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// The step: "load", "encode pictures", "read prompt", "listen" or "transcribe".
+    /// The step: "load", "encode pictures", "read prompt", "move to the processor", "listen" or "transcribe".
     pub step: &'static str,
     /// Units done.
     pub done: usize,
@@ -55,6 +55,11 @@ pub struct EngineOptions {
     pub fuse: bool,
     /// What runs the graphs; the processor where none is given.
     pub backend: Option<Arc<dyn Backend>>,
+    /// Most bytes of the backend's device that the model may take: layers that do not fit run on the processor. Without
+    /// it the backend runs everything.
+    pub device_memory: Option<u64>,
+    /// What happens when the backend's device fails.
+    pub fallback: Fallback,
     /// Makes the model compute, in f32, what it would as a file of this policy: slow and large, for judging policies.
     pub simulate: Option<Simulation>,
     /// Hears of loading and encoding.
@@ -77,6 +82,8 @@ impl Default for EngineOptions {
             audio_limits: AudioLimits::default(),
             fuse: true,
             backend: None,
+            device_memory: None,
+            fallback: Fallback::default(),
             simulate: None,
             progress: None,
         }
@@ -89,6 +96,18 @@ impl EngineOptions {
             progress(Progress { step, done, total });
         }
     }
+}
+
+/// What happens when a device fails: when it is lost, has no memory left, or does not answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fallback {
+    /// The call that met the failure returns it.
+    #[default]
+    Error,
+    /// The engine goes on with the processor, from then on and for all of its sessions. What a conversation had on the
+    /// device is computed again; [`Generation::device_failure`](crate::Generation::device_failure) says what happened.
+    Cpu,
 }
 
 /// How an answer is generated.

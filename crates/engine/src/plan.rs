@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use pocketglm_graph::{Backend, Bindings};
+use pocketglm_graph::{Bindings, PlacedMemory, ProgramMemory};
 
 use crate::model::Model;
+use crate::placement::{Devices, Placement};
 use crate::{Error, Result};
 
 /// Bytes of program code, stacks and the allocator's rest: what `pocketglm info` on a tiny checkpoint takes at its peak
@@ -24,6 +25,26 @@ pub struct MemoryUse {
     pub name: &'static str,
     /// Its bytes.
     pub bytes: u64,
+    /// How many of them lie in the memory of a device. A phone has one memory for both.
+    pub device: u64,
+}
+
+impl MemoryUse {
+    pub(crate) fn host(name: &'static str, bytes: u64) -> MemoryUse {
+        MemoryUse { name, bytes, device: 0 }
+    }
+
+    fn of(name: &'static str, memory: &PlacedMemory, part: impl Fn(&ProgramMemory) -> u64) -> MemoryUse {
+        let device = part(&memory.device);
+        MemoryUse { name, bytes: part(&memory.host) + device, device }
+    }
+
+    /// What serves both where they are not needed at once.
+    fn larger(&self, other: MemoryUse) -> MemoryUse {
+        let host = (self.bytes - self.device).max(other.bytes - other.device);
+        let device = self.device.max(other.device);
+        MemoryUse { name: self.name, bytes: host + device, device }
+    }
 }
 
 /// What a run takes, by use.
@@ -35,12 +56,33 @@ pub struct MemoryPlan {
     pub context: usize,
     /// Patches of the largest picture.
     pub patches: usize,
+    /// What a device runs; `None` where there is none.
+    pub placement: Option<Placement>,
 }
 
 impl MemoryPlan {
     /// The sum of all parts.
     pub fn total(&self) -> u64 {
         self.parts.iter().map(|p| p.bytes).sum()
+    }
+
+    /// The sum of what lies in the memory of a device.
+    pub fn device_total(&self) -> u64 {
+        self.parts.iter().map(|p| p.device).sum()
+    }
+
+    /// Refuses a plan that needs more of the device than its budget.
+    ///
+    /// # Errors
+    /// [`Error::DeviceBudget`] with the figures.
+    pub fn check_device(&self, budget: Option<u64>) -> Result<()> {
+        let needed = self.device_total();
+        match budget {
+            Some(budget) if needed > budget => {
+                Err(Error::DeviceBudget { needed, plan: self.to_string(), budget })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Refuses a plan above `budget`.
@@ -61,6 +103,9 @@ impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, part) in self.parts.iter().filter(|p| p.bytes > 0).enumerate() {
             write!(f, "{}{} {}", if i > 0 { ", " } else { "" }, part.name, part.bytes)?;
+            if part.device > 0 {
+                write!(f, " ({} on the device)", part.device)?;
+            }
         }
         Ok(())
     }
@@ -108,48 +153,47 @@ fn gathered_bytes(model: &Model, rows: usize, table: u64) -> u64 {
     table.min(rows as u64 * (row + FAULT_AROUND_BYTES))
 }
 
-pub(crate) fn plan(model: &Model, backend: &dyn Backend, size: &RunSize) -> Result<MemoryPlan> {
+pub(crate) fn plan(model: &Model, devices: &Devices, size: &RunSize) -> Result<MemoryPlan> {
     let chunk = size.chunk.min(size.context).max(1);
     let past = size.context - chunk;
     let visual = if size.patches > 0 || size.samples[0] > 0 { chunk } else { 0 };
-    let text = backend.plan(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
+    let text = devices
+        .decoder
+        .plan_placed(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
     let mut parts = vec![
-        MemoryUse { name: "program", bytes: PROGRAM_BYTES },
-        MemoryUse { name: "tokenizer", bytes: model.tokenizer_bytes * TOKENIZER_FACTOR },
-        MemoryUse { name: "decoder weights", bytes: text.weights + text.converted },
-        MemoryUse { name: "embedding rows", bytes: gathered_bytes(model, size.rows, text.gathered) },
-        MemoryUse { name: "KV cache", bytes: text.states },
-        MemoryUse { name: "decoder activations", bytes: text.activations },
+        MemoryUse::host("program", PROGRAM_BYTES),
+        MemoryUse::host("tokenizer", model.tokenizer_bytes * TOKENIZER_FACTOR),
+        MemoryUse::of("decoder weights", &text, |m| m.weights + m.converted),
+        MemoryUse::host("embedding rows", gathered_bytes(model, size.rows, text.host.gathered)),
+        MemoryUse::of("KV cache", &text, |m| m.states),
+        MemoryUse::of("decoder activations", &text, |m| m.activations),
     ];
-    let mut scratch = text.scratch;
+    let mut scratch = MemoryUse::of("kernel scratch", &text, |m| m.scratch);
     if let Some(vision) = model.vision.as_ref().filter(|_| size.patches > 0) {
         let merge = vision.config.spatial_merge_size;
-        let memory = backend.plan(&vision.graph, &vision_bindings(size.patches, merge, 1))?;
+        let memory = devices.vision.plan_placed(&vision.graph, &vision_bindings(size.patches, merge, 1))?;
         let row = vision.config.patch_elements() as u64 * 4;
         let tokens = (size.all_patches / (merge * merge)) as u64;
-        parts.push(MemoryUse { name: "vision weights", bytes: memory.weights + memory.converted });
-        parts.push(MemoryUse { name: "vision activations", bytes: memory.activations });
-        parts.push(MemoryUse {
-            name: "pictures",
-            // Decoded pixels and their resized copy, patch rows, and the encoded rows.
-            bytes: size.pixels as u64 * 3 * 2
-                + size.all_patches as u64 * row
-                + tokens * vision.config.out_hidden_size as u64 * 4,
-        });
-        scratch = scratch.max(memory.scratch);
+        parts.push(MemoryUse::of("vision weights", &memory, |m| m.weights + m.converted));
+        parts.push(MemoryUse::of("vision activations", &memory, |m| m.activations));
+        // Decoded pixels and their resized copy, patch rows, and the encoded rows.
+        let pictures = size.pixels as u64 * 3 * 2
+            + size.all_patches as u64 * row
+            + tokens * vision.config.out_hidden_size as u64 * 4;
+        parts.push(MemoryUse::host("pictures", pictures));
+        scratch = scratch.larger(MemoryUse::of("kernel scratch", &memory, |m| m.scratch));
     }
     if let Some(audio) = model.audio.as_ref().filter(|_| size.samples[0] > 0) {
-        let memory = backend.plan(&audio.graph, &Bindings::new().with("N", size.samples[0]))?;
+        let memory = devices.audio.plan_placed(&audio.graph, &Bindings::new().with("N", size.samples[0]))?;
         let frames = (size.samples[1] / audio.config.samples_per_frame()) as u64;
-        parts.push(MemoryUse { name: "audio weights", bytes: memory.weights + memory.converted });
-        parts.push(MemoryUse { name: "audio activations", bytes: memory.activations });
-        parts.push(MemoryUse {
-            name: "sounds",
-            // The samples, their normalised copy, and the encoded rows.
-            bytes: size.samples[1] as u64 * 8 + frames * model.text.hidden_size as u64 * 4,
-        });
-        scratch = scratch.max(memory.scratch);
+        parts.push(MemoryUse::of("audio weights", &memory, |m| m.weights + m.converted));
+        parts.push(MemoryUse::of("audio activations", &memory, |m| m.activations));
+        // The samples, their normalised copy, and the encoded rows.
+        let sounds = size.samples[1] as u64 * 8 + frames * model.text.hidden_size as u64 * 4;
+        parts.push(MemoryUse::host("sounds", sounds));
+        scratch = scratch.larger(MemoryUse::of("kernel scratch", &memory, |m| m.scratch));
     }
-    parts.push(MemoryUse { name: "kernel scratch", bytes: scratch });
-    Ok(MemoryPlan { parts, context: size.context, patches: size.patches })
+    parts.push(scratch);
+    let placement = devices.placement.clone();
+    Ok(MemoryPlan { parts, context: size.context, patches: size.patches, placement })
 }

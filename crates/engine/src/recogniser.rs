@@ -92,7 +92,7 @@ impl Recogniser {
         let samples = (seconds.max(0.0) * f64::from(wav2vec::SAMPLE_RATE)) as usize;
         let samples = samples.max(info.config.receptive_field());
         let memory = backend.plan(&graph, &Bindings::new().with("N", samples))?;
-        let part = |name, bytes| MemoryUse { name, bytes };
+        let part = MemoryUse::host;
         let parts = vec![
             part("program", PROGRAM_BYTES),
             part("weights", memory.weights + memory.converted),
@@ -101,7 +101,7 @@ impl Recogniser {
             part("audio", samples as u64 * 8),
             part("kernel scratch", memory.scratch),
         ];
-        Ok((info, MemoryPlan { parts, context: 0, patches: 0 }))
+        Ok((info, MemoryPlan { parts, context: 0, patches: 0, placement: None }))
     }
 
     /// The model below.

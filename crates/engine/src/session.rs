@@ -1,13 +1,17 @@
 //! A conversation: its KV cache, what of it can be reused, and the generation of answers.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+#[cfg(not(target_family = "wasm"))]
+use std::time::Instant;
 
 use pocketglm_bpe::{Detokenizer, StopStrings};
 use pocketglm_glm::{Sampler, Trace};
 use pocketglm_graph::{Inputs, Program, ProgramState, Running};
 use pocketglm_tensor::KvFormat;
 use pocketglm_vit::preprocess::vision_positions;
+#[cfg(target_family = "wasm")]
+use web_time::Instant;
 
 use crate::plan::{decoder_bindings, vision_bindings};
 use crate::prompt::Encodable;
@@ -60,11 +64,27 @@ pub struct Session {
     state: Option<ProgramState>,
     cached: Vec<Entry>,
     pictures: PictureCache,
+    /// Whether the engine had left its device when the cache was begun.
+    moved: bool,
 }
 
 impl Session {
     pub(crate) fn new(engine: Engine) -> Session {
-        Session { engine, state: None, cached: Vec::new(), pictures: PictureCache::default() }
+        let moved = engine.has_moved();
+        Session { engine, state: None, cached: Vec::new(), pictures: PictureCache::default(), moved }
+    }
+
+    /// Whether the cache is on a device that the engine has left.
+    fn is_stale(&self) -> bool {
+        self.moved != self.engine.has_moved()
+    }
+
+    /// Forgets a cache on a device that the engine has left; encoded pictures are on the host and stay.
+    fn refresh(&mut self) {
+        if self.is_stale() {
+            (self.state, self.moved) = (None, self.engine.has_moved());
+            self.cached.clear();
+        }
     }
 
     /// The engine that runs this conversation.
@@ -85,6 +105,9 @@ impl Session {
     /// Tokens of `prompt` that need no work because the cache begins with them. The last one always needs work,
     /// because its logits choose the first token of the answer.
     pub fn reusable_tokens(&self, prompt: &Prompt) -> usize {
+        if self.is_stale() {
+            return 0;
+        }
         let same = entries(prompt).zip(&self.cached).take_while(|(a, b)| a == *b).count();
         same.min(prompt.ids.len().saturating_sub(1))
     }
@@ -99,9 +122,13 @@ impl Session {
         if prompt.ids.len() > context {
             return Err(Error::Context { prompt: prompt.ids.len(), context });
         }
-        if inner.options.memory.is_some() {
-            self.engine.plan(prompt, options.max_new_tokens)?.check(inner.options.memory)?;
+        let (memory, device_memory) = (inner.options.memory, inner.options.device_memory);
+        if memory.or(device_memory).is_some() {
+            let plan = self.engine.plan(prompt, options.max_new_tokens)?;
+            plan.check(memory)?;
+            plan.check_device(device_memory)?;
         }
+        self.refresh();
         let stops: Vec<&str> = options.stop.iter().map(String::as_str).collect();
         let stops =
             StopStrings::new(&stops).map_err(|source| Error::Text { what: "stop strings", source })?;
@@ -120,6 +147,7 @@ impl Session {
             ahead: None,
             finished: None,
             failed: false,
+            moved: false,
             timings: Timings { prompt_tokens: 0, reused_tokens: reused, ..Timings::default() },
             context,
         })
@@ -136,10 +164,22 @@ impl Session {
         if n > context {
             return Err(Error::Context { prompt: n, context });
         }
-        let mut fresh = Session::new(self.engine.clone());
+        match self.engine.session().all_logits(prompt) {
+            Err(error) if self.engine.may_move(&error) => {
+                self.engine.move_to_cpu(&error)?;
+                self.engine.session().all_logits(prompt)
+            }
+            logits => logits,
+        }
+    }
+
+    /// Logits of every token of a prompt, in a session that is given up for it.
+    fn all_logits(mut self, prompt: &Prompt) -> Result<Vec<f32>> {
+        let fresh = &mut self;
+        let n = prompt.ids.len();
         let encoded = fresh.encode_from(prompt, 0, &GenerateOptions::default(), &mut Timings::default())?;
         fresh.reserve(n)?;
-        let chunk = inner.options.prefill_chunk.max(1);
+        let chunk = fresh.engine.inner.options.prefill_chunk.max(1);
         let mut logits = Vec::new();
         let mut at = 0;
         while at < n {
@@ -376,6 +416,8 @@ pub struct Timings {
     pub prefill: Duration,
     /// Generating tokens after the first.
     pub decode: Duration,
+    /// Computing again, on the processor, what a device that failed had.
+    pub recovery: Duration,
 }
 
 impl Timings {
@@ -414,6 +456,8 @@ pub struct Generation<'s> {
     finished: Option<FinishReason>,
     /// Whether an error ended the answer.
     failed: bool,
+    /// Whether the answer went on with the processor because the device failed.
+    moved: bool,
     timings: Timings,
     context: usize,
 }
@@ -432,6 +476,56 @@ impl Generation<'_> {
     /// Where the time went so far.
     pub fn timings(&self) -> Timings {
         self.timings
+    }
+
+    /// What happened to the device, where the answer went on with the processor: see
+    /// [`Fallback::Cpu`](crate::Fallback::Cpu).
+    pub fn device_failure(&self) -> Option<&str> {
+        self.engine.device_failure().filter(|_| self.moved)
+    }
+
+    /// Makes the processor go on after the device failed, or another conversation found out that it had: what the cache
+    /// had is computed again.
+    fn recover(&mut self, why: &Error) -> Result<()> {
+        self.engine.move_to_cpu(why)?;
+        self.session.refresh();
+        (self.moved, self.logits, self.ahead) = (true, None, None);
+        self.timings.reused_tokens = 0;
+        if self.token_ids.is_empty() {
+            // The answer begins with its prompt, as ever.
+            return Ok(());
+        }
+        let (before, start) = (self.timings, Instant::now());
+        self.prefill()?;
+        let chunk = self.engine.inner.options.prefill_chunk.max(1);
+        let said = self.token_ids.clone();
+        for (i, ids) in said.chunks(chunk).enumerate() {
+            if self.options.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let last = (i + 1) * chunk >= said.len();
+            let rows = if last { vec![ids.len() - 1] } else { Vec::new() };
+            let logits = self.replay(ids, &rows)?;
+            self.logits = last.then_some(logits);
+        }
+        self.timings = Timings { recovery: before.recovery + start.elapsed(), ..before };
+        Ok(())
+    }
+
+    /// Runs tokens of the answer behind what is cached.
+    fn replay(&mut self, ids: &[u32], rows: &[usize]) -> Result<Vec<f32>> {
+        let past = self.session.cached.len();
+        let first = i32::try_from(past + ids.len()).map_err(|_| pocketglm_glm::Error::TooLong)?
+            - ids.len() as i32
+            + self.prompt.positions.rope_delta;
+        let along: Vec<i32> = (first..).take(ids.len()).collect();
+        let added = ids
+            .iter()
+            .zip(&along)
+            .map(|(&id, &position)| Entry { id, position: [position; 3], picture: None })
+            .collect();
+        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        self.session.run(&ids, &along.repeat(3), &[], &[], rows, added)
     }
 
     /// The whole remaining answer as one text.
@@ -588,7 +682,12 @@ impl Iterator for Generation<'_> {
         if self.finished.is_some() || self.failed {
             return None;
         }
-        let piece = self.advance();
+        let mut piece = self.advance();
+        if let Err(error) = &piece
+            && (self.engine.may_move(error) || self.session.is_stale())
+        {
+            piece = self.recover(error).and_then(|()| self.advance());
+        }
         match &piece {
             Err(Error::Cancelled) => {
                 self.finished = Some(FinishReason::Cancelled);

@@ -29,6 +29,14 @@ pub trait Backend: Send + Sync {
     /// Unbound or impossible sizes.
     fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory>;
 
+    /// The same, apart by where it lies; the host's memory unless a backend says otherwise.
+    ///
+    /// # Errors
+    /// As [`Backend::plan`].
+    fn plan_placed(&self, graph: &Graph, bindings: &Bindings) -> Result<PlacedMemory> {
+        Ok(PlacedMemory { host: self.plan(graph, bindings)?, device: ProgramMemory::default() })
+    }
+
     /// Resolves the weights of a graph and makes it ready to run.
     ///
     /// # Errors
@@ -134,6 +142,42 @@ impl ProgramMemory {
     }
 }
 
+impl std::ops::AddAssign for ProgramMemory {
+    fn add_assign(&mut self, other: ProgramMemory) {
+        self.weights += other.weights;
+        self.gathered += other.gathered;
+        self.converted += other.converted;
+        self.states += other.states;
+        self.activations += other.activations;
+        self.scratch += other.scratch;
+    }
+}
+
+/// Bytes of one program, by use and by where they lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PlacedMemory {
+    /// In the host's memory.
+    pub host: ProgramMemory,
+    /// In the memory of a device of its own.
+    pub device: ProgramMemory,
+}
+
+impl PlacedMemory {
+    /// All of it.
+    pub fn sum(&self) -> ProgramMemory {
+        let mut sum = self.host;
+        sum += self.device;
+        sum
+    }
+}
+
+impl std::ops::AddAssign for PlacedMemory {
+    fn add_assign(&mut self, other: PlacedMemory) {
+        self.host += other.host;
+        self.device += other.device;
+    }
+}
+
 /// What a program keeps from run to run. It belongs to the backend that made it.
 pub struct ProgramState {
     /// The backend's own representation.
@@ -143,7 +187,7 @@ pub struct ProgramState {
 }
 
 /// Values that the caller gives to one run.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Inputs<'a> {
     values: Vec<(&'a str, InputData<'a>)>,
 }
@@ -181,6 +225,29 @@ impl<'a> Inputs<'a> {
     pub fn last(mut self, name: &'a str, output: &'a str) -> Inputs<'a> {
         self.values.push((name, InputData::Last(output)));
         self
+    }
+
+    /// The same, with the results of the run before in place of their names.
+    ///
+    /// # Errors
+    /// [`Error::Name`] for a result that the run before did not give.
+    pub(crate) fn resolved<'b>(&self, last: impl Fn(&str) -> Option<&'b [i32]>) -> Result<Inputs<'b>>
+    where
+        'a: 'b,
+    {
+        let mut resolved = Inputs::new();
+        for (name, data) in &self.values {
+            let data = match *data {
+                InputData::Last(output) => InputData::I32(last(output).ok_or_else(|| Error::Name {
+                    kind: "input",
+                    name: (*name).into(),
+                    what: format!("wants `{output}`, which the last run did not give"),
+                })?),
+                other => other,
+            };
+            resolved.values.push((*name, data));
+        }
+        Ok(resolved)
     }
 
     /// The input of this name.

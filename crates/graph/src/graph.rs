@@ -194,7 +194,7 @@ impl Graph {
         &self.users
     }
 
-    fn count_users(&mut self) {
+    pub(crate) fn count_users(&mut self) {
         self.users = vec![Vec::new(); self.nodes.len()];
         for (i, node) in self.nodes.iter().enumerate() {
             for v in &node.inputs {

@@ -19,9 +19,10 @@ mod graph;
 pub mod ops;
 pub mod passes;
 mod plan;
+mod stages;
 
 pub use backend::{
-    Backend, InputData, Inputs, Output, Outputs, Program, ProgramMemory, ProgramState, Running,
+    Backend, InputData, Inputs, Output, Outputs, PlacedMemory, Program, ProgramMemory, ProgramState, Running,
 };
 pub use builder::GraphBuilder;
 pub use cpu::{CpuBackend, load_time_values, plan_memory, widened_weight};
@@ -29,6 +30,7 @@ pub use dim::{Bindings, Dim, eval_shape, product};
 pub use error::{DeviceFault, Error};
 pub use graph::{Graph, Meta, Node, Value};
 pub use plan::Plan;
+pub use stages::{StageOf, StagedBackend};
 
 /// Result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,6 +1,7 @@
 //! Quantised matrices as the kernels read them: panels of sixteen rows, one sequential stream of bytes each.
 
-use memmap2::{Advice, MmapMut};
+#[cfg(not(target_family = "wasm"))]
+use memmap2::MmapMut;
 use std::sync::Arc;
 
 use crate::simd::dot::LANES;
@@ -221,7 +222,7 @@ impl Packed {
     ) -> Result<Packed> {
         let bytes = Packed::bytes_for(format, rows, k)?;
         let mut memory = Memory::new(bytes)?;
-        pack_into(cpu, format, rows, k, row, &mut memory.0)?;
+        pack_into(cpu, format, rows, k, row, memory.writable())?;
         Packed::from_bytes(format, rows, k, Bytes::from_owner(Arc::new(memory)))
     }
 
@@ -426,20 +427,50 @@ impl Packed {
     }
 }
 
-/// Anonymous memory in huge pages where they are offered.
-pub(crate) struct Memory(pub(crate) MmapMut);
+/// Where there is no virtual memory to map, the allocator's.
+#[cfg(target_family = "wasm")]
+pub(crate) struct Memory(crate::AlignedF32);
 
+#[cfg(target_family = "wasm")]
+impl Memory {
+    pub(crate) fn new(bytes: usize) -> Result<Memory> {
+        // Panels are whole cache lines, so the length in bytes is kept.
+        crate::AlignedF32::zeroed(bytes.div_ceil(4)).map(Memory)
+    }
+
+    pub(crate) fn writable(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
+#[cfg(target_family = "wasm")]
+impl BytesOwner for Memory {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// Anonymous memory in huge pages where they are offered.
+#[cfg(not(target_family = "wasm"))]
+pub(crate) struct Memory(MmapMut);
+
+#[cfg(not(target_family = "wasm"))]
 impl Memory {
     pub(crate) fn new(bytes: usize) -> Result<Memory> {
         let map = MmapMut::map_anon(bytes.max(1))
             .map_err(|_| Error::OutOfMemory { bytes, what: "packed weights".into() })?;
         // Small pages work too, only slower.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(Advice::HugePage);
+        let _ = map.advise(memmap2::Advice::HugePage);
         Ok(Memory(map))
+    }
+
+    pub(crate) fn writable(&mut self) -> &mut [u8] {
+        &mut self.0
     }
 }
 
+#[cfg(not(target_family = "wasm"))]
 impl BytesOwner for Memory {
     fn bytes(&self) -> &[u8] {
         &self.0

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use crate::BytesOwner;
 use crate::packed::Memory;
 use crate::simd::dot::{self, DotKernel, Dots};
 use crate::simd::{Kernel, Simd};
@@ -140,7 +141,7 @@ pub struct ReadBuffer(Memory);
 impl std::ops::Deref for ReadBuffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.0.0)
+        bytemuck::cast_slice(self.0.bytes())
     }
 }
 
@@ -151,7 +152,7 @@ impl std::ops::Deref for ReadBuffer {
 pub fn read_buffer(bytes: usize) -> Result<ReadBuffer> {
     let mut memory = Memory::new(bytes.next_multiple_of(4))?;
     // Pages that were never written may all be the same one.
-    memory.0.fill(1);
+    memory.writable().fill(1);
     Ok(ReadBuffer(memory))
 }
 

@@ -82,7 +82,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Cpu {
     /// A context with the best instruction set of this machine and `threads` threads, the caller included.
-    /// Zero asks for as many threads as the system offers.
+    /// Zero asks for as many threads as the system offers. On a platform without threads, such as WebAssembly, the
+    /// caller is the only one, whatever is asked for.
     ///
     /// # Errors
     /// [`Error::Thread`] where the system refuses a thread, [`Error::Value`] for an absurd number.
@@ -120,10 +121,15 @@ impl Cpu {
             let parked = Arc::new(AtomicBool::new(false));
             let (shared, flag) = (cpu.shared.clone(), parked.clone());
             // On an error the workers started so far are joined by dropping `cpu`.
-            let handle = std::thread::Builder::new()
+            let spawned = std::thread::Builder::new()
                 .name(format!("pocketglm-{slot}"))
-                .spawn(move || work(&shared, &flag, slot))
-                .map_err(|source| Error::Thread { index: slot, threads, source })?;
+                .spawn(move || work(&shared, &flag, slot));
+            let handle = match spawned {
+                Ok(handle) => handle,
+                // Where the platform has no threads at all, the caller does everything.
+                Err(source) if source.kind() == std::io::ErrorKind::Unsupported => break,
+                Err(source) => return Err(Error::Thread { index: slot, threads, source }),
+            };
             let thread = handle.thread().clone();
             cpu.workers.push(Worker { handle: Some(handle), thread, parked });
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pocketglm_graph::ops::Op;
-use pocketglm_graph::{Backend, Bindings, Graph, Program, ProgramMemory, Result, Value};
+use pocketglm_graph::{Backend, Bindings, Graph, PlacedMemory, Program, ProgramMemory, Result, Value};
 use pocketglm_kernels::Variant;
 use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
 
@@ -94,6 +94,10 @@ impl Backend for WgpuBackend {
 
     fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
         memory_of(&self.device, graph, bindings)
+    }
+
+    fn plan_placed(&self, graph: &Graph, bindings: &Bindings) -> Result<PlacedMemory> {
+        Ok(PlacedMemory { host: ProgramMemory::default(), device: self.plan(graph, bindings)? })
     }
 
     fn compile(&self, graph: &Graph, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Program>> {

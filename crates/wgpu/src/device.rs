@@ -110,6 +110,8 @@ pub(crate) fn info(adapter: &wgpu::Adapter) -> GpuInfo {
         api: format!("{:?}", info.backend),
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         binding_limit: adapter.limits().max_storage_buffer_binding_size,
+        buffer_limit: adapter.limits().max_buffer_size,
+        workgroup_memory: adapter.limits().max_compute_workgroup_storage_size,
         features: FEATURES.iter().filter(|(f, _)| offered.contains(*f)).map(|(_, name)| *name).collect(),
     }
 }

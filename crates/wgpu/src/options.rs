@@ -36,6 +36,10 @@ pub struct GpuInfo {
     pub software: bool,
     /// Most bytes of one binding.
     pub binding_limit: u64,
+    /// Most bytes of one buffer.
+    pub buffer_limit: u64,
+    /// Bytes that the lanes of a workgroup share.
+    pub workgroup_memory: u32,
     /// What it offers that kernels use, such as `subgroups`.
     pub features: Vec<&'static str>,
 }

@@ -13,7 +13,7 @@ mod qkv;
 mod quantise;
 mod taps;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use crate::graph::{Graph, Value};
 use crate::ops::Op;

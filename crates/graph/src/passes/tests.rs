@@ -9,7 +9,7 @@ use crate::ops::{RopeLayout, SoftmaxMask, UnaryKind};
 use crate::{Backend, Bindings, CpuBackend, Dim, GraphBuilder, Inputs, Outputs, Value, plan_memory};
 
 /// Any tensor that is asked for, with numbers that depend on its name alone.
-struct Invented;
+pub(crate) struct Invented;
 
 fn noise(name: &str, n: usize) -> Vec<f32> {
     let mut state =
@@ -43,7 +43,7 @@ impl WeightSource for Invented {
     }
 }
 
-fn weight(g: &mut GraphBuilder<'_>, name: &str, shape: &[usize]) -> Value {
+pub(crate) fn weight(g: &mut GraphBuilder<'_>, name: &str, shape: &[usize]) -> Value {
     let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
     g.weight(&format!("{name}@{}", dims.join("x")), shape).unwrap()
 }

@@ -1,0 +1,139 @@
+//! Models on a GPU and the processor together, and a GPU that goes away.
+//!
+//! Software Vulkan is enough. A machine without any adapter fails these tests, so that they cannot pass because nothing
+//! ran, unless `POCKETGLM_WITHOUT_GPU` says that there is none; then they say that they are skipped.
+
+use std::time::{Duration, Instant};
+
+use pocketglm::gpu::{Gpu, GpuOptions};
+use pocketglm::{
+    DeviceFault, Engine, EngineOptions, Error, Fallback, GenerateOptions, KvFormat, Message, Part, Picture,
+    PreparedPrompt, Request, Session,
+};
+
+use crate::golden::path;
+use crate::support::{exactly, options};
+
+fn gpu() -> Option<Gpu> {
+    match Gpu::open(&GpuOptions { software: true, ..GpuOptions::default() }) {
+        Ok(gpu) => Some(gpu),
+        Err(e) if std::env::var_os("POCKETGLM_WITHOUT_GPU").is_some() => {
+            eprintln!("SKIPPED: {e}");
+            None
+        }
+        Err(e) => panic!("{e}; set POCKETGLM_WITHOUT_GPU=1 to skip what needs one"),
+    }
+}
+
+fn with(gpu: &Gpu, device_memory: Option<u64>) -> EngineOptions {
+    EngineOptions { backend: Some(gpu.backend()), device_memory, prefill_chunk: 61, ..options() }
+}
+
+fn open(options: EngineOptions) -> Engine {
+    Engine::open(path("default"), options).unwrap()
+}
+
+/// A picture with text, and token ids behind which the cache grows.
+fn requests() -> [Request; 2] {
+    let pixels = (0..64 * 90 * 3).map(|i| (i * 7 % 251) as u8).collect();
+    let parts = vec![Part::Image(Picture::rgb8(64, 90, pixels).unwrap()), Part::Text("What is it?".into())];
+    let ids = (0..250).map(|i| 3 + i * 31 % 900).collect();
+    [Request::Messages(vec![Message::parts("user", parts)]), Request::InputIds(ids)]
+}
+
+fn tokens(session: &mut Session, prompt: &PreparedPrompt, how: &GenerateOptions) -> Result<Vec<u32>, Error> {
+    let mut generation = session.generate(prompt, how)?;
+    generation.text()?;
+    Ok(generation.token_ids().to_vec())
+}
+
+fn answers(engine: &Engine) -> Vec<Vec<u32>> {
+    let mut session = engine.session();
+    requests()
+        .iter()
+        .map(|r| tokens(&mut session, &engine.prompt(r).unwrap(), &exactly(10)).unwrap())
+        .collect()
+}
+
+#[test]
+fn every_number_of_layers_on_the_gpu_gives_the_answers_of_the_processor() {
+    let Some(gpu) = gpu() else { return };
+    let wanted = [KvFormat::F32, KvFormat::F16]
+        .map(|kv| answers(&open(EngineOptions { kv, prefill_chunk: 61, ..options() })));
+    let inspect = |budget| Engine::inspect(path("default"), &with(&gpu, Some(budget)), None).unwrap().1;
+    let least = inspect(0).placement.unwrap().least.unwrap();
+    let all = inspect(u64::MAX).device_total();
+    let mut seen = Vec::new();
+    for budget in [0, least, 2 * least, 3 * least, 5 * least, u64::MAX] {
+        for (kv, wanted) in [KvFormat::F32, KvFormat::F16].into_iter().zip(&wanted) {
+            let before = gpu.allocated();
+            let engine = open(EngineOptions { kv, ..with(&gpu, Some(budget)) });
+            assert_eq!(&answers(&engine), wanted, "{budget} {kv:?}");
+            let placement = inspect(budget).placement.unwrap();
+            seen.push(placement.layers);
+            if placement.layers == 0 {
+                assert_eq!(gpu.allocated(), before);
+            }
+            drop(engine);
+            assert_eq!(gpu.allocated(), before, "{placement}");
+        }
+    }
+    assert!(all > least);
+    for layers in [0, 1, 3] {
+        assert!(seen.contains(&layers), "{seen:?}");
+    }
+}
+
+#[test]
+fn a_gpu_that_goes_away_is_a_typed_error_within_a_second() {
+    for at in [0, 1, 4] {
+        let Some(gpu) = gpu() else { return };
+        let engine = open(with(&gpu, None));
+        let prompt = engine.prompt(&requests()[0]).unwrap();
+        let (mut session, how) = (engine.session(), exactly(10));
+        let mut generation = session.generate(&prompt, &how).unwrap();
+        for _ in 0..at {
+            generation.next().unwrap().unwrap();
+        }
+        gpu.destroy();
+        let start = Instant::now();
+        let error = generation.find_map(Result::err).expect("a GPU that is gone gave an answer");
+        assert_eq!(error.device_fault(), Some(DeviceFault::Lost), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        drop(generation);
+        drop((session, engine));
+        assert_eq!(gpu.allocated(), 0);
+    }
+}
+
+#[test]
+fn the_processor_goes_on_with_the_same_text_when_the_gpu_goes_away() {
+    let wanted = answers(&open(EngineOptions { prefill_chunk: 61, ..options() }));
+    let whole = |gpu: &Gpu| with(gpu, None);
+    let hybrid = |gpu: &Gpu| {
+        let plan = Engine::inspect(path("default"), &with(gpu, Some(0)), None).unwrap().1;
+        with(gpu, Some(2 * plan.placement.unwrap().least.unwrap()))
+    };
+    let placements: [&dyn Fn(&Gpu) -> EngineOptions; 2] = [&whole, &hybrid];
+    for options in placements {
+        for at in [0, 1, 2, 5, 9] {
+            let Some(gpu) = gpu() else { return };
+            let engine = open(EngineOptions { fallback: Fallback::Cpu, ..options(&gpu) });
+            let mut session = engine.session();
+            for (request, wanted) in requests().iter().zip(&wanted) {
+                let prompt = engine.prompt(request).unwrap();
+                let how = exactly(10);
+                let mut generation = session.generate(&prompt, &how).unwrap();
+                for _ in 0..at {
+                    generation.next().unwrap().unwrap();
+                }
+                gpu.destroy();
+                generation.text().unwrap();
+                assert_eq!(generation.token_ids(), wanted, "{at}");
+            }
+            let why = engine.device_failure().expect("nothing says that the GPU is gone");
+            assert!(why.contains("lost"), "{why}");
+            assert!(engine.device().starts_with("cpu"), "{}", engine.device());
+        }
+    }
+}
