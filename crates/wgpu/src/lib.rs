@@ -13,6 +13,8 @@
 #![deny(unsafe_code)]
 
 mod backend;
+#[doc(hidden)]
+pub mod cases;
 mod device;
 mod held;
 mod lower;
@@ -26,3 +28,6 @@ mod weights;
 
 pub use backend::WgpuBackend;
 pub use options::{GpuInfo, GpuOptions, adapters};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,195 @@
+//! One list of cases for every op that has kernels: tests, the start-up test, `cargo xtask parity` and the table of what is
+//! supported share it.
+//!
+//! A case is a small graph of unfused ops with weights and inputs. Its reference is the processor's scalar kernels
+//! running that graph over the values that its weights stand for; a device runs it fused and unfused.
+//!
+//! Not part of the interface: hidden from the documentation, and free to change.
+
+mod attention;
+mod compare;
+mod draft;
+mod gather;
+mod products;
+mod simple;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use pocketglm_graph::{
+    Backend, Bindings, CpuBackend, Error, Graph, Inputs, Outputs, ProgramState, Result, passes,
+};
+use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
+
+pub use compare::{Bound, Difference, bounds, compare, relative_l2};
+
+/// A small graph with all that a run of it needs.
+pub struct Case {
+    /// The op, as the table names it.
+    pub op: &'static str,
+    /// What is special about this case.
+    pub form: String,
+    /// How far results may be from the reference.
+    pub bound: Bound,
+    /// How far they may be where products go through cooperative matrices.
+    pub cooperative: Bound,
+    /// Whether the start-up test runs it, and for which of a device's features.
+    pub quick: Option<Feature>,
+    /// Ops that the fused graph must have: a case that is not fused any more does not test what it says.
+    pub fused: Vec<&'static str>,
+    model: Model,
+    /// The same over the values that the weights stand for.
+    reference: Model,
+    runs: Vec<Run>,
+}
+
+/// A graph of unfused ops and its weights.
+struct Model {
+    graph: Graph,
+    weights: HashMap<String, Tensor>,
+}
+
+/// What an adapter may offer, and the start-up test may refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// Nothing beyond plain kernels.
+    Plain,
+    /// Sums over subgroups.
+    Subgroups,
+    /// Products of packed bytes.
+    PackedDot,
+    /// Cooperative matrices.
+    Cooperative,
+}
+
+impl Feature {
+    /// Its name for people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Feature::Plain => "plain kernels",
+            Feature::Subgroups => "subgroups",
+            Feature::PackedDot => "packed byte products",
+            Feature::Cooperative => "cooperative matrices",
+        }
+    }
+}
+
+/// One of the runs that follow one another with the same state.
+struct Run {
+    bindings: Bindings,
+    inputs: Vec<(String, Values)>,
+}
+
+#[derive(Clone, Debug)]
+enum Values {
+    F32(Vec<f32>),
+    I32(Vec<i32>),
+}
+
+/// The weights of a case.
+struct Weights(HashMap<String, Tensor>);
+
+impl WeightSource for Weights {
+    fn tensors(&self) -> Vec<TensorInfo> {
+        self.0.keys().filter_map(|name| self.info(name)).collect()
+    }
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let t = self.0.get(name)?;
+        Some(TensorInfo { name: name.into(), dtype: t.dtype(), shape: t.shape().to_vec() })
+    }
+    fn tensor(&self, name: &str) -> pocketglm_tensor::Result<Tensor> {
+        let missing = || pocketglm_tensor::Error::Missing { name: name.into(), place: "the case".into() };
+        self.0.get(name).cloned().ok_or_else(missing)
+    }
+}
+
+impl Case {
+    /// Op and form.
+    pub fn name(&self) -> String {
+        format!("{}: {}", self.op, self.form)
+    }
+
+    /// The graph as it is built, or fused.
+    ///
+    /// # Errors
+    /// A fused graph without an op that the case is about.
+    pub fn graph(&self, fuse: bool) -> Result<Graph> {
+        let mut graph = self.model.graph.clone();
+        if !fuse {
+            passes::prepare(&mut graph)?;
+            return Ok(graph);
+        }
+        passes::optimise(&mut graph)?;
+        let has = |name: &str| graph.nodes().iter().any(|n| n.op.name() == name);
+        match self.fused.iter().find(|name| !has(name)) {
+            None => Ok(graph),
+            Some(name) => Err(Error::Name {
+                kind: "op",
+                name: (*name).into(),
+                what: format!("is not in the fused graph of `{}`", self.name()),
+            }),
+        }
+    }
+
+    /// The results of all runs on a backend.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn run(&self, backend: &dyn Backend, fuse: bool) -> Result<Vec<Outputs>> {
+        self.run_graph(backend, &self.graph(fuse)?, &self.model.weights)
+    }
+
+    /// What the results should be.
+    ///
+    /// # Errors
+    /// What the processor's kernels report.
+    pub fn wanted(&self, cpu: &Arc<Cpu>) -> Result<Vec<Outputs>> {
+        let mut graph = self.reference.graph.clone();
+        passes::prepare(&mut graph)?;
+        self.run_graph(&CpuBackend::new(cpu.clone()), &graph, &self.reference.weights)
+    }
+
+    fn run_graph(
+        &self,
+        backend: &dyn Backend,
+        graph: &Graph,
+        weights: &HashMap<String, Tensor>,
+    ) -> Result<Vec<Outputs>> {
+        let program = backend.compile(graph, Arc::new(Weights(weights.clone())))?;
+        let mut state: ProgramState = program.new_state(&Bindings::new())?;
+        let run = |run: &Run| {
+            let mut inputs = Inputs::new();
+            for (name, values) in &run.inputs {
+                inputs = match values {
+                    Values::F32(x) => inputs.f32(name, x),
+                    Values::I32(x) => inputs.i32(name, x),
+                };
+            }
+            program.run(&mut state, &inputs, &run.bindings)
+        };
+        self.runs.iter().map(run).collect()
+    }
+}
+
+/// Every case.
+///
+/// # Errors
+/// A case that cannot be built: a defect of the list.
+pub fn all() -> Result<Vec<Case>> {
+    let mut list = Vec::new();
+    simple::cases(&mut list)?;
+    gather::cases(&mut list)?;
+    products::cases(&mut list)?;
+    attention::cases(&mut list)?;
+    Ok(list)
+}
+
+/// The cases of the start-up test.
+///
+/// # Errors
+/// As [`all`].
+pub fn quick() -> Result<Vec<Case>> {
+    let mut list = Vec::new();
+    products::quick(&mut list)?;
+    Ok(list)
+}
