@@ -16,6 +16,8 @@ mod backend;
 #[doc(hidden)]
 pub mod cases;
 mod device;
+mod features;
+mod guard;
 mod held;
 mod lower;
 mod options;

@@ -21,6 +21,7 @@ use pocketglm_graph::{
 };
 use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
 
+pub use crate::features::Feature;
 pub use compare::{Bound, Difference, bounds, compare, relative_l2};
 
 /// A small graph with all that a run of it needs.
@@ -47,31 +48,6 @@ pub struct Case {
 struct Model {
     graph: Graph,
     weights: HashMap<String, Tensor>,
-}
-
-/// What an adapter may offer, and the start-up test may refuse.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Feature {
-    /// Nothing beyond plain kernels.
-    Plain,
-    /// Sums over subgroups.
-    Subgroups,
-    /// Products of packed bytes.
-    PackedDot,
-    /// Cooperative matrices.
-    Cooperative,
-}
-
-impl Feature {
-    /// Its name for people.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Feature::Plain => "plain kernels",
-            Feature::Subgroups => "subgroups",
-            Feature::PackedDot => "packed byte products",
-            Feature::Cooperative => "cooperative matrices",
-        }
-    }
 }
 
 /// One of the runs that follow one another with the same state.

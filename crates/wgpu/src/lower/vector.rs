@@ -70,6 +70,9 @@ impl Lowering<'_> {
     /// The kernel of a row and a matrix, where workgroup memory suffices.
     fn vector_variant(&self, row: &Row, matrix: &Matrix) -> Option<Variant> {
         let form = &matrix.form;
+        if form.is_quantised() && !self.device.packed_dot() {
+            return None;
+        }
         let blocks = form.blocks(matrix.k);
         let shape = self.vector_shape();
         let subgroups = self.device.subgroups();

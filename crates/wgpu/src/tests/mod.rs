@@ -2,6 +2,7 @@
 //! `cargo xtask check` counts that as no pass.
 
 mod cases;
+mod faults;
 
 use std::sync::Arc;
 
