@@ -55,6 +55,11 @@ impl WgpuBackend {
         self.device.allocated()
     }
 
+    /// Whether large products go through cooperative matrices, in half precision.
+    pub fn uses_cooperative_matrices(&self) -> bool {
+        self.device.cooperative()
+    }
+
     /// Destroys the device, as a driver's reset would: for testing how a program recovers. Everything that was made with
     /// it fails from now on.
     pub fn destroy(&self) {

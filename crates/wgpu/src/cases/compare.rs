@@ -49,6 +49,9 @@ pub mod bounds {
         reason: "cooperative matrices take x and dequantised weights in f16 (2^-11 each), sums in f32",
     };
 
+    /// All of them.
+    pub const ALL: [Bound; 7] = [EXACT, F32, KV_F16, HALF_SCALES, KV_INT8, COOPERATIVE, INT8_ACTIVATIONS];
+
     /// The larger of two.
     pub const fn wider(a: Bound, b: Bound) -> Bound {
         if a.most >= b.most { a } else { b }

@@ -169,3 +169,33 @@ pub fn quick() -> Result<Vec<Case>> {
     products::quick(&mut list)?;
     Ok(list)
 }
+
+/// What the case list compares, as a table in Markdown: op, cases, bounds. Ops without kernels are not in it.
+pub fn support_table(cases: &[Case]) -> String {
+    let mut rows: Vec<(&str, usize, Vec<Bound>)> = Vec::new();
+    for case in cases {
+        match rows.iter_mut().find(|r| r.0 == case.op) {
+            None => rows.push((case.op, 1, vec![case.bound])),
+            Some(row) => {
+                row.1 += 1;
+                if !row.2.contains(&case.bound) {
+                    row.2.push(case.bound);
+                }
+            }
+        }
+    }
+    let mut text = String::from("| Op | Cases | Bounds |\n| --- | --: | --- |\n");
+    for (op, count, mut bounds) in rows {
+        bounds.sort_by(|a, b| a.most.total_cmp(&b.most));
+        let names: Vec<&str> = bounds.iter().map(|b| b.name).collect();
+        text.push_str(&format!("| {op} | {count} | {} |\n", names.join(", ")));
+    }
+    text.push_str("\n| Bound | Relative L2 distance | Why it is not smaller |\n| --- | --: | --- |\n");
+    for b in bounds::ALL {
+        let most = if b.most == 0.0 { "0".into() } else { format!("{:.0e}", b.most) };
+        text.push_str(&format!("| {} | {most} | {} |\n", b.name, b.reason));
+    }
+    let formats: Vec<&str> = products::formats().map(|d| d.name()).collect();
+    text.push_str(&format!("\nWeights may be {}.\n", formats.join(", ")));
+    text
+}
