@@ -152,7 +152,8 @@ impl Graph {
                 continue;
             }
             for port in 0..node.outputs.len() - node.op.state_results() {
-                self.outputs.push((format!("{i} {} {} {port}", node.op.name(), node.scope), Value::of(i, port)));
+                self.outputs
+                    .push((format!("{i} {} {} {port}", node.op.name(), node.scope), Value::of(i, port)));
             }
         }
     }

@@ -240,7 +240,10 @@ impl Device {
     pub fn cooperative(&self) -> bool {
         const NVIDIA: u32 = 0x10de;
         let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16;
-        self.allows(Feature::Cooperative) && self.vendor == NVIDIA && self.subgroup_sizes == [32, 32] && self.features.contains(wanted)
+        self.allows(Feature::Cooperative)
+            && self.vendor == NVIDIA
+            && self.subgroup_sizes == [32, 32]
+            && self.features.contains(wanted)
     }
 
     /// An error that names this device.

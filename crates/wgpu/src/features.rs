@@ -107,7 +107,9 @@ fn failure(backend: &WgpuBackend, case: &Case, cpu: &Arc<Cpu>) -> Result<Option<
     let found = match case.run(backend, true) {
         Ok(found) => found,
         // A kernel that the driver refuses is a feature that it does not have; anything else is not about the feature.
-        Err(error) if error.device_fault() == Some(DeviceFault::Driver) => return Ok(Some(error.to_string())),
+        Err(error) if error.device_fault() == Some(DeviceFault::Driver) => {
+            return Ok(Some(error.to_string()));
+        }
         Err(error) => return Err(error),
     };
     Ok(compare(&wanted, &found, bound).err().map(|d| format!("{}: {d}", case.name())))

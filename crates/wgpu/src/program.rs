@@ -121,7 +121,12 @@ impl WgpuProgram {
             let mut entries = vec![entry(0, &parameters, i as u64 * recipe.stride, PARAMETERS as u64 * 4)];
             for (number, slot) in &step.slots {
                 entries.push(match slot {
-                    Slot::Arena { at, bytes } => entry(*number, arena, *at, (*bytes).min(arena.bytes - at)),
+                    Slot::Arena { at, bytes } => {
+                        // Drivers drop writes behind a binding, so sentinels must be part of it.
+                        let behind = if self.device.guarded { guard::BEHIND as u64 * 4 } else { 0 };
+                        let most = (arena.bytes - at).min(self.device.binding_limit().max(*bytes));
+                        entry(*number, arena, *at, (*bytes + behind).min(most))
+                    }
                     other => {
                         let buffer = self.buffer(other, state)?;
                         entry(*number, buffer, 0, buffer.bytes)

@@ -84,7 +84,14 @@ struct AttentionBlock {
 
 impl AttentionBlock {
     /// q, k and v from normed rows `x [t, c]`; q and k rotated.
-    fn project(&self, draft: &Draft, g: &mut GraphBuilder<'_>, x: Value, table: Value, c: usize) -> Result<[Value; 3]> {
+    fn project(
+        &self,
+        draft: &Draft,
+        g: &mut GraphBuilder<'_>,
+        x: Value,
+        table: Value,
+        c: usize,
+    ) -> Result<[Value; 3]> {
         let t = g.shape(x)[0].clone();
         let (h, kv, d) = (self.heads, self.kv_heads, self.d);
         let sizes = [h, kv, kv];
@@ -111,7 +118,11 @@ impl AttentionBlock {
     }
 
     fn name(&self) -> String {
-        let types = if self.joined { format!("{} in one", self.types[0]) } else { self.types.map(|t| t.name()).join(" ") };
+        let types = if self.joined {
+            format!("{} in one", self.types[0])
+        } else {
+            self.types.map(|t| t.name()).join(" ")
+        };
         format!(
             "{} heads of {} on {}, {} rotated, {:?}, {types}{}",
             self.heads,

@@ -34,8 +34,11 @@ pub mod bounds {
     pub const KV_F16: Bound =
         Bound { name: "f16 cache", most: 2e-4, reason: "a last bit may round keys and values the other way" };
     /// The same in bytes.
-    pub const KV_INT8: Bound =
-        Bound { name: "int8 cache", most: 2e-3, reason: "a last bit may round a byte of a head the other way" };
+    pub const KV_INT8: Bound = Bound {
+        name: "int8 cache",
+        most: 2e-3,
+        reason: "a last bit may round a byte of a head the other way",
+    };
     /// Activations rounded to bytes for packed products.
     pub const INT8_ACTIVATIONS: Bound = Bound {
         name: "int8 activations",
@@ -106,8 +109,7 @@ pub fn compare(wanted: &[Outputs], found: &[Outputs], bound: Bound) -> Result<f6
         }
         for ((name, wanted), (other, found)) in wanted.0.iter().zip(&found.0) {
             let same = name == other && wanted.shape == found.shape;
-            let distance =
-                if same { relative_l2(&found.values, &wanted.values) } else { f64::INFINITY };
+            let distance = if same { relative_l2(&found.values, &wanted.values) } else { f64::INFINITY };
             if distance.is_nan() || distance > bound.most {
                 let worst = worst(&wanted.values, &found.values);
                 return Err(Difference { run, output: name.clone(), distance, bound, worst });

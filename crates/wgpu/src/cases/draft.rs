@@ -166,13 +166,7 @@ impl Draft {
     }
 
     /// The same of another fill.
-    pub fn x_of(
-        &self,
-        g: &mut GraphBuilder<'_>,
-        name: &str,
-        shape: &[usize],
-        fill: Fill,
-    ) -> Result<Value> {
+    pub fn x_of(&self, g: &mut GraphBuilder<'_>, name: &str, shape: &[usize], fill: Fill) -> Result<Value> {
         let values = fill.values(self.next(), shape.iter().product());
         self.given(g, name, shape, values)
     }
@@ -280,9 +274,8 @@ impl About {
 fn stored(dtype: DType, [rows, k]: [usize; 2], values: &[f32]) -> Result<Tensor> {
     let mut bytes = Vec::new();
     for row in values.chunks(k.max(1)) {
-        quantise_row(dtype, row, &RowOptions::default(), &mut bytes).map_err(|source| {
-            pocketglm_graph::Error::Quantised { name: "case".into(), row: 0, source }
-        })?;
+        quantise_row(dtype, row, &RowOptions::default(), &mut bytes)
+            .map_err(|source| pocketglm_graph::Error::Quantised { name: "case".into(), row: 0, source })?;
     }
     Ok(Tensor::new(dtype, &[rows, k], bytes.into())?)
 }
@@ -293,8 +286,11 @@ fn widened(t: &Tensor) -> Result<Tensor> {
     let mut values = vec![0.0; t.elements()];
     let bytes = t.dtype().row_bytes(k).unwrap_or(1).max(1);
     for (row, (stored, out)) in t.bytes().chunks(bytes).zip(values.chunks_mut(k.max(1))).enumerate() {
-        dequantise_row(t.dtype(), stored, out)
-            .map_err(|source| pocketglm_graph::Error::Quantised { name: "case".into(), row, source })?;
+        dequantise_row(t.dtype(), stored, out).map_err(|source| pocketglm_graph::Error::Quantised {
+            name: "case".into(),
+            row,
+            source,
+        })?;
     }
     Ok(Tensor::from_f32(t.shape(), &values)?)
 }

@@ -47,12 +47,14 @@ pub(super) fn cases(list: &mut Vec<Case>) -> Result<()> {
         })?);
     }
     for (t, c, at) in [(1, 1, vec![0]), (9, 67, vec![8, 0, 3]), (5, 13, vec![])] {
-        list.push(About::new("scatter_rows", format!("{} of {t} rows of {c}", at.len()), EXACT).build(|d, g| {
-            let x = d.x(g, "x", &[t, c])?;
-            let ids = d.ids(g, "at", &[at.len()], &at)?;
-            let rows = d.x_of(g, "rows", &[at.len(), c], Fill::Large)?;
-            g.scatter_rows(x, ids, rows)
-        })?);
+        list.push(About::new("scatter_rows", format!("{} of {t} rows of {c}", at.len()), EXACT).build(
+            |d, g| {
+                let x = d.x(g, "x", &[t, c])?;
+                let ids = d.ids(g, "at", &[at.len()], &at)?;
+                let rows = d.x_of(g, "rows", &[at.len(), c], Fill::Large)?;
+                g.scatter_rows(x, ids, rows)
+            },
+        )?);
     }
     Ok(())
 }

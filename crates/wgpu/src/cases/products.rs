@@ -56,7 +56,8 @@ fn every_kernel(list: &mut Vec<Case>, dtype: DType) -> Result<()> {
     for k in widths(dtype) {
         let n = 70;
         let mut one = |m: usize, fill: Fill, bound: Bound| -> Result<()> {
-            let about = About::new("linear", form(dtype, [m, n, k], &format!(", {} values", fill.name())), bound);
+            let about =
+                About::new("linear", form(dtype, [m, n, k], &format!(", {} values", fill.name())), bound);
             list.push(about.filled(fill).build(|d, g| {
                 let x = d.x(g, "x", &[m, k])?;
                 d.linear(g, "l", dtype, x, [n, k], false)

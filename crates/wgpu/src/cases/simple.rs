@@ -1,11 +1,11 @@
 //! Element-wise ops, norms, softmax, rotary embedding, data movement, convolution, top-k.
 
-use pocketglm_graph::ops::{BinaryKind, RopeLayout, SoftmaxMask, UnaryKind};
 use pocketglm_graph::Result;
+use pocketglm_graph::ops::{BinaryKind, RopeLayout, SoftmaxMask, UnaryKind};
 
+use super::Case;
 use super::compare::bounds::{EXACT, F32};
 use super::draft::{About, Fill, dims};
-use super::Case;
 
 pub(super) fn cases(list: &mut Vec<Case>) -> Result<()> {
     element_wise(list)?;
@@ -44,8 +44,7 @@ fn element_wise(list: &mut Vec<Case>) -> Result<()> {
             })?);
         }
     }
-    let positive =
-        [UnaryKind::Log, UnaryKind::Sqrt, UnaryKind::Rsqrt, UnaryKind::Recip, UnaryKind::Exp];
+    let positive = [UnaryKind::Log, UnaryKind::Sqrt, UnaryKind::Rsqrt, UnaryKind::Recip, UnaryKind::Exp];
     for kind in positive {
         for n in SIZES {
             let about = About::new("unary", format!("{kind:?}, {n} values"), F32).filled(Fill::Positive);
@@ -64,7 +63,8 @@ fn element_wise(list: &mut Vec<Case>) -> Result<()> {
     }
     use BinaryKind::{Add, Div, Max, Min, Mul, Sub};
     for kind in [Add, Sub, Mul, Div, Max, Min] {
-        for (shape, other) in [([3, 67], vec![3, 67]), ([3, 67], vec![67]), ([5, 1], vec![1]), ([1, 64], vec![1, 64])]
+        for (shape, other) in
+            [([3, 67], vec![3, 67]), ([3, 67], vec![67]), ([5, 1], vec![1]), ([1, 64], vec![1, 64])]
         {
             let about = About::new("binary", format!("{kind:?}, {shape:?} and {other:?}"), F32);
             list.push(about.build(|d, g| {
@@ -173,7 +173,8 @@ fn movement(list: &mut Vec<Case>) -> Result<()> {
             g.permute(x, order)
         })?);
     }
-    for (shape, axis, start, len) in [([5, 67], 1, 3, 61), ([5, 67], 0, 2, 3), ([66, 2], 1, 1, 1), ([5, 67], 1, 0, 67)]
+    for (shape, axis, start, len) in
+        [([5, 67], 1, 3, 61), ([5, 67], 0, 2, 3), ([66, 2], 1, 1, 1), ([5, 67], 1, 0, 67)]
     {
         let form = format!("{len} from {start} of axis {axis} of {shape:?}");
         list.push(About::new("slice", form, EXACT).build(|d, g| {
