@@ -17,6 +17,8 @@ mod conversation;
 mod generation;
 #[cfg(test)]
 mod gguf;
+#[cfg(all(test, feature = "wgpu"))]
+mod gpu;
 #[cfg(test)]
 mod gpu_hybrid;
 #[cfg(test)]

@@ -7,6 +7,8 @@ use crate::{Error, Result, repo};
 pub const DOCUMENT: &str = "ARCHITECTURE.md";
 const BEGIN: &str = "<!-- layers:begin -->";
 const END: &str = "<!-- layers:end -->";
+/// The document that is generated as a whole: what runs on a GPU.
+const SUPPORT: &str = "kernels/SUPPORT.md";
 
 /// Options of the command.
 #[derive(clap::Args)]
@@ -21,6 +23,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.check {
         return check();
     }
+    let path = repo::root().join(SUPPORT);
+    repo::write(&path, &support()?)?;
     let path = repo::root().join(DOCUMENT);
     let old = repo::read(&path)?;
     let new = with_table(&old, &layers::markdown(LAYERS, layers::is_crate))?;
@@ -33,11 +37,26 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 /// Fails where the document lacks the table as it is generated now.
 pub fn check() -> Result<()> {
+    if repo::read(&repo::root().join(SUPPORT)).ok() != Some(support()?) {
+        let problem = format!("{SUPPORT} is not the generated one; run `cargo xtask codegen`");
+        return Err(Error::Problems { check: "codegen", problems: vec![problem] });
+    }
     let old = repo::read(&repo::root().join(DOCUMENT))?;
     match problem(&old, &layers::markdown(LAYERS, layers::is_crate)) {
         None => Ok(()),
         Some(problem) => Err(Error::Problems { check: "codegen", problems: vec![problem] }),
     }
+}
+
+/// What the case list of the GPU backend compares.
+fn support() -> Result<String> {
+    let table = pocketglm_wgpu::cases::support_table(&pocketglm_wgpu::cases::all()?);
+    Ok(format!(
+        "# What runs on a GPU\n\nWritten by `cargo xtask codegen` from the case list of `crates/wgpu`: small graphs whose results on a \
+         device are held\nagainst the processor's scalar kernels, by `cargo xtask parity` on any adapter and by the tests on software \
+         Vulkan. Rotary\ntables are computed on the host. An op that is not here is refused when a graph is brought to the \
+         device.\n\n{table}"
+    ))
 }
 
 /// What is wrong with a document, if anything.

@@ -50,6 +50,18 @@ pub const LAYERS: &[Layer] = &[
         absence: "models, files, GPU",
     },
     Layer {
+        folder: "kernels",
+        uses: Uses::Only(&[]),
+        holds: "WGSL kernels and the preprocessor that makes variants of them",
+        absence: "tensors, wgpu, models",
+    },
+    Layer {
+        folder: "crates/wgpu",
+        uses: Uses::Only(&["kernels", "graph", "quant", "tensor"]),
+        holds: "the GPU backend: devices, weights and states on them, lowering, the case list of all kernels",
+        absence: "models, tokens, files",
+    },
+    Layer {
         folder: "crates/checkpoint",
         uses: Uses::Only(&["tensor", "quant"]),
         holds: "safetensors, GGUF and `.pglm` files and checkpoint folders behind `WeightSource`",
@@ -87,7 +99,7 @@ pub const LAYERS: &[Layer] = &[
     },
     Layer {
         folder: "crates/pocketglm",
-        uses: Uses::Only(&["engine"]),
+        uses: Uses::Only(&["engine", "tensor", "wgpu"]),
         holds: "the facade that others depend on",
         absence: "third parties' types in its signatures",
     },

@@ -1,4 +1,4 @@
-//! The repository's own commands: `cargo xtask bench | check | tidy | codegen | fuse | synth | golden`.
+//! The repository's own commands: `cargo xtask bench | check | tidy | codegen | fuse | parity | synth | golden`.
 //!
 //! Start at [`Command`]: each variant is one command and one module. This program knows nothing of tokens,
 //! sessions and the engine: it looks at sources and graphs, and runs other programs.
@@ -16,6 +16,7 @@ mod fuse;
 mod golden;
 mod layers;
 mod model;
+mod parity;
 mod repo;
 mod speech;
 mod synth;
@@ -42,10 +43,12 @@ enum Command {
     Check(check::Arguments),
     /// Checks layers, crate headers, `unsafe`, file sizes and lint exceptions; prints lines of code.
     Tidy,
-    /// Writes the layer table into ARCHITECTURE.md.
+    /// Writes the generated tables into the documents.
     Codegen(codegen::Arguments),
     /// Shows what the passes make of a model's graphs, in figures and as drawings.
     Fuse(fuse::Arguments),
+    /// Compares what another backend computes with the processor's scalar kernels, op by op.
+    Parity(parity::Arguments),
     /// Writes a checkpoint of a model's true shape with random weights.
     Synth(synth::Arguments),
     /// Makes the golden files again with the reference implementation.
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::run(),
         Command::Codegen(arguments) => codegen::run(&arguments),
         Command::Fuse(arguments) => fuse::run(&arguments),
+        Command::Parity(arguments) => parity::run(&arguments),
         Command::Synth(arguments) => synth::run(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
     };

@@ -176,14 +176,19 @@ impl<'w> GraphBuilder<'w> {
         self.unary(UnaryKind::Gelu, x)
     }
 
+    /// `y = f(a, b)`; b may have the last dimensions of a only.
+    pub fn binary(&mut self, kind: BinaryKind, a: Value, b: Value) -> Result<Value> {
+        self.push(Op::Binary(Binary { kind }), &[a, b])
+    }
+
     /// `y = a + b`; b may have the last dimensions of a only.
     pub fn add(&mut self, a: Value, b: Value) -> Result<Value> {
-        self.push(Op::Binary(Binary { kind: BinaryKind::Add }), &[a, b])
+        self.binary(BinaryKind::Add, a, b)
     }
 
     /// `y = a * b`; b may have the last dimensions of a only.
     pub fn mul(&mut self, a: Value, b: Value) -> Result<Value> {
-        self.push(Op::Binary(Binary { kind: BinaryKind::Mul }), &[a, b])
+        self.binary(BinaryKind::Mul, a, b)
     }
 
     /// `y = factor * x`.

@@ -144,6 +144,20 @@ impl Graph {
         names
     }
 
+    /// Names every value that a run computes as a result, `{node} {op} {scope}`: for comparing backends op by op. States are
+    /// left out.
+    pub fn name_every_value(&mut self) {
+        for (i, node) in self.nodes.iter().enumerate() {
+            if node.load_time || node.op.is_source() || node.op.is_view() {
+                continue;
+            }
+            for port in 0..node.outputs.len() - node.op.state_results() {
+                self.outputs
+                    .push((format!("{i} {} {} {port}", node.op.name(), node.scope), Value::of(i, port)));
+            }
+        }
+    }
+
     /// The results of load-time nodes that other nodes use, and a graph that computes them and nothing else.
     pub(crate) fn load_time_part(&self) -> (Vec<Value>, Graph) {
         let mut wanted: Vec<Value> = self

@@ -9,6 +9,7 @@ use pocketglm_kernels::Variant;
 use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
 
 use crate::device::Device;
+use crate::features::start_up_test;
 use crate::options::{GpuInfo, GpuOptions};
 use crate::plan::{PARAMETERS, Places};
 use crate::program::WgpuProgram;
@@ -18,7 +19,8 @@ use crate::weights::Form;
 /// Runs graphs on a GPU.
 #[derive(Clone)]
 pub struct WgpuBackend {
-    device: Arc<Device>,
+    pub(crate) device: Arc<Device>,
+    info: GpuInfo,
     /// For what is computed once at load time, and for taking formats apart.
     cpu: Arc<Cpu>,
 }
@@ -27,19 +29,37 @@ impl WgpuBackend {
     /// Opens an adapter.
     ///
     /// # Errors
-    /// [`Error::Device`](pocketglm_graph::Error::Device) where there is no such adapter, or it gives no device.
+    /// [`Error::Device`](pocketglm_graph::Error::Device) where there is no such adapter, it gives no device, or its plain kernels
+    /// fail the start-up test.
     pub fn open(cpu: Arc<Cpu>, options: &GpuOptions) -> Result<WgpuBackend> {
-        Ok(WgpuBackend { device: Arc::new(Device::open(options)?), cpu })
+        let device = Arc::new(Device::open(options)?);
+        let mut backend = WgpuBackend { info: device.info.clone(), device, cpu };
+        if !options.untested {
+            backend.test()?;
+        }
+        Ok(backend)
+    }
+
+    /// The start-up test; what it refuses is shown in [`WgpuBackend::info`].
+    pub(crate) fn test(&mut self) -> Result<()> {
+        let refused = start_up_test(self, &self.cpu)?;
+        self.info.refused.extend(refused);
+        Ok(())
     }
 
     /// What the adapter is, and what of it is used.
     pub fn info(&self) -> &GpuInfo {
-        &self.device.info
+        &self.info
     }
 
     /// Bytes of the buffers that are alive on the device.
     pub fn allocated(&self) -> u64 {
         self.device.allocated()
+    }
+
+    /// Whether large products go through cooperative matrices, in half precision.
+    pub fn uses_cooperative_matrices(&self) -> bool {
+        self.device.cooperative()
     }
 
     /// Destroys the device, as a driver's reset would: for testing how a program recovers. Everything that was made with
@@ -51,7 +71,7 @@ impl WgpuBackend {
 
 impl Backend for WgpuBackend {
     fn describe(&self) -> String {
-        format!("gpu {}", self.device.info)
+        format!("gpu {}", self.info)
     }
 
     fn copy_rate(&self) -> Result<Option<f64>> {

@@ -1,11 +1,12 @@
 //! The device: how it is chosen, what happens when it fails, and memory on it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pocketglm_graph::{DeviceFault, Error, Result};
 
+use crate::features::{Feature, denied};
 use crate::options::{GpuInfo, GpuOptions};
 use crate::pipelines::Pipelines;
 
@@ -48,6 +49,10 @@ pub(crate) struct Device {
     subgroup_sizes: [u32; 2],
     vendor: u32,
     pub pipelines: Pipelines,
+    /// Whether runs are surrounded by sentinels.
+    pub guarded: bool,
+    /// Features that are not used though they are offered.
+    refused: AtomicU8,
     faults: Arc<Faults>,
     /// Bytes of the buffers that are alive.
     allocated: Arc<AtomicU64>,
@@ -113,6 +118,7 @@ pub(crate) fn info(adapter: &wgpu::Adapter) -> GpuInfo {
         buffer_limit: adapter.limits().max_buffer_size,
         workgroup_memory: adapter.limits().max_compute_workgroup_storage_size,
         features: FEATURES.iter().filter(|(f, _)| offered.contains(*f)).map(|(_, name)| *name).collect(),
+        refused: Vec::new(),
     }
 }
 
@@ -180,6 +186,11 @@ impl Device {
             uncaptured.note(fault, error.to_string());
         }));
         let raw = adapter.get_info();
+        let mut refused = if options.plain { Feature::PackedDot.bit() } else { 0 };
+        for row in denied(raw.vendor, &info.driver) {
+            refused |= row.feature.bit();
+            info.refused.push(format!("{} ({})", row.feature.name(), row.reason));
+        }
         Ok(Device {
             device,
             queue,
@@ -189,26 +200,56 @@ impl Device {
             subgroup_sizes: [raw.subgroup_min_size, raw.subgroup_max_size],
             vendor: raw.vendor,
             pipelines: Pipelines::new(options.checked),
+            guarded: options.guarded,
+            refused: AtomicU8::new(refused),
             faults,
             allocated: Arc::default(),
         })
     }
 
+    /// Does without a feature from now on; what is lowered already keeps it.
+    pub fn refuse(&self, feature: Feature) {
+        self.refused.fetch_or(feature.bit(), Ordering::Relaxed);
+    }
+
+    fn allows(&self, feature: Feature) -> bool {
+        self.refused.load(Ordering::Relaxed) & feature.bit() == 0
+    }
+
+    /// Whether kernels use a feature.
+    pub fn uses(&self, feature: Feature) -> bool {
+        match feature {
+            Feature::Plain => true,
+            Feature::Subgroups => self.subgroups(),
+            Feature::PackedDot => self.packed_dot(),
+            Feature::Cooperative => self.cooperative(),
+        }
+    }
+
+    /// Whether kernels may use products of packed bytes.
+    pub fn packed_dot(&self) -> bool {
+        self.allows(Feature::PackedDot)
+    }
+
     /// Whether kernels may use subgroups: theirs are of eight lanes at least.
     pub fn subgroups(&self) -> bool {
-        self.features.contains(wgpu::Features::SUBGROUP) && self.subgroup_sizes[0] >= 8
+        self.features.contains(wgpu::Features::SUBGROUP)
+            && self.subgroup_sizes[0] >= 8
+            && self.allows(Feature::Subgroups)
     }
 
     /// Whether the kernels' shapes were measured on devices of this vendor.
     pub fn is_nvidia(&self) -> bool {
-        const NVIDIA: u32 = 0x10de;
         self.vendor == NVIDIA
     }
 
     /// Whether kernels may use cooperative matrices: drivers of other vendors are known to offer emulated or broken ones.
     pub fn cooperative(&self) -> bool {
         let wanted = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16;
-        self.is_nvidia() && self.subgroup_sizes == [32, 32] && self.features.contains(wanted)
+        self.allows(Feature::Cooperative)
+            && self.is_nvidia()
+            && self.subgroup_sizes == [32, 32]
+            && self.features.contains(wanted)
     }
 
     /// An error that names this device.
@@ -300,6 +341,22 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// What is in a buffer, when everything that was submitted has ended.
+    pub fn read(&self, from: &Buffer) -> Result<Vec<u8>> {
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let to = self.buffer("a copy to read", from.bytes, usage)?;
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(&from.raw, 0, &to.raw, 0, from.bytes);
+        let index = self.submit(encoder)?;
+        // An error of the mapping shows where the range is asked for.
+        to.raw.map_async(wgpu::MapMode::Read, 0..from.bytes, |_| {});
+        self.wait(index)?;
+        match to.raw.get_mapped_range(0..from.bytes) {
+            Ok(view) => Ok(view.to_vec()),
+            Err(e) => Err(self.error(DeviceFault::Lost, format!("a buffer cannot be read: {e}"))),
+        }
     }
 
     /// Waits for the end of a submission.

@@ -13,7 +13,11 @@
 #![deny(unsafe_code)]
 
 mod backend;
+#[doc(hidden)]
+pub mod cases;
 mod device;
+mod features;
+mod guard;
 mod held;
 mod lower;
 mod options;
@@ -26,3 +30,6 @@ mod weights;
 
 pub use backend::WgpuBackend;
 pub use options::{GpuInfo, GpuOptions, adapters};
+
+#[cfg(test)]
+mod tests;

@@ -21,6 +21,12 @@ pub struct GpuOptions {
     pub plain: bool,
     /// Lets the driver check every index of every kernel: for looking for defects.
     pub checked: bool,
+    /// Surrounds everything that runs compute with a pattern, and fails a run that overwrites it: for looking for defects.
+    /// Runs do not overlap then.
+    pub guarded: bool,
+    /// Leaves the start-up test out, which compares the kernels that the adapter would get with the processor's and takes about
+    /// a tenth of a second.
+    pub untested: bool,
 }
 
 /// What an adapter is.
@@ -42,6 +48,8 @@ pub struct GpuInfo {
     pub workgroup_memory: u32,
     /// What it offers that kernels use, such as `subgroups`.
     pub features: Vec<&'static str>,
+    /// What it offers that is not used, each with the reason.
+    pub refused: Vec<String>,
 }
 
 impl fmt::Display for GpuInfo {
@@ -50,7 +58,11 @@ impl fmt::Display for GpuInfo {
         for feature in &self.features {
             write!(f, ", {feature}")?;
         }
-        f.write_str(")")
+        f.write_str(")")?;
+        for refused in &self.refused {
+            write!(f, "; not used: {refused}")?;
+        }
+        Ok(())
     }
 }
 

@@ -23,6 +23,9 @@ pub(crate) struct Pipeline {
 pub(crate) struct Pipelines {
     known: Mutex<HashMap<Variant, Arc<Pipeline>>>,
     checked: bool,
+    /// Kernels that tests compile wrong: part of a name, and what of the source is replaced by what.
+    #[cfg(test)]
+    spoiled: Mutex<Vec<[&'static str; 3]>>,
 }
 
 /// Permission for the experimental features among `features`.
@@ -38,7 +41,25 @@ pub(crate) fn experimental(features: wgpu::Features) -> wgpu::ExperimentalFeatur
 
 impl Pipelines {
     pub fn new(checked: bool) -> Pipelines {
-        Pipelines { known: Mutex::default(), checked }
+        Pipelines {
+            known: Mutex::default(),
+            checked,
+            #[cfg(test)]
+            spoiled: Mutex::default(),
+        }
+    }
+
+    /// Compiles kernels wrong from now on; says whether there is something to replace in one of them.
+    #[cfg(test)]
+    pub fn spoil(&self, key: &'static str, from: &'static str, to: &'static str) -> bool {
+        self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).push([key, from, to]);
+        pocketglm_kernels::FILES.iter().any(|(_, text)| text.contains(from))
+    }
+
+    /// Compiles everything anew.
+    #[cfg(test)]
+    pub fn forget(&self) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The kernel of a variant, compiled when it is first asked for.
@@ -59,6 +80,12 @@ impl Pipelines {
         };
         let source = variant.source().map_err(defect)?;
         let bound = bindings(&source).map_err(defect)?;
+        #[cfg(test)]
+        let source = {
+            let spoiled = self.spoiled.lock().unwrap_or_else(PoisonError::into_inner);
+            let these = spoiled.iter().filter(|[key, ..]| name.contains(key));
+            these.fold(source, |source, [_, from, to]| source.replace(from, to))
+        };
         let raw = &device.device;
         let scope = raw.push_error_scope(wgpu::ErrorFilter::Validation);
         let internal = raw.push_error_scope(wgpu::ErrorFilter::Internal);

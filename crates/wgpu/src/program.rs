@@ -12,6 +12,7 @@ use pocketglm_tensor::{Cpu, DType, WeightSource};
 
 use crate::backend::memory_of;
 use crate::device::{Buffer, Device};
+use crate::guard;
 use crate::held::Held;
 use crate::lower::Lowering;
 use crate::plan::{Groups, PARAMETERS, Places, Recipe, Slot, Step, Word};
@@ -120,7 +121,12 @@ impl WgpuProgram {
             let mut entries = vec![entry(0, &parameters, i as u64 * recipe.stride, PARAMETERS as u64 * 4)];
             for (number, slot) in &step.slots {
                 entries.push(match slot {
-                    Slot::Arena { at, bytes } => entry(*number, arena, *at, (*bytes).min(arena.bytes - at)),
+                    Slot::Arena { at, bytes } => {
+                        // Drivers drop writes behind a binding, so sentinels must be part of it.
+                        let behind = if self.device.guarded { guard::BEHIND as u64 * 4 } else { 0 };
+                        let most = (arena.bytes - at).min(self.device.binding_limit().max(*bytes));
+                        entry(*number, arena, *at, (*bytes + behind).min(most))
+                    }
                     other => {
                         let buffer = self.buffer(other, state)?;
                         entry(*number, buffer, 0, buffer.bytes)
@@ -422,7 +428,8 @@ impl Program for WgpuProgram {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let at = self.find(&mut work, &all)?;
         let recipe = work.recipes[at].1.clone();
-        let bytes = recipe.places.total as u64 * 4;
+        let behind = if self.device.guarded { guard::BEHIND } else { 0 };
+        let bytes = (recipe.places.total + behind) as u64 * 4;
         if work.arena.as_ref().is_none_or(|a| a.bytes < bytes) {
             work.arena = None;
             work.arena = Some(self.device.storage("activations", bytes)?);
@@ -437,6 +444,9 @@ impl Program for WgpuProgram {
         }
         let Some(bound) = entry.as_ref() else { return Err(Error::Unbound { name: "bind groups" }) };
 
+        if self.device.guarded {
+            guard::fill(&self.device, arena)?;
+        }
         let mut encoder = self.device.device.create_command_encoder(&Default::default());
         self.write_inputs(&recipe, arena, inputs, &all, own, &mut encoder)?;
         let parameters = self.parameters(&recipe, &all)?;
@@ -445,6 +455,9 @@ impl Program for WgpuProgram {
         }
         encode(&mut encoder, &recipe.steps, &bound.groups, &needed, &all)?;
         let pending = self.collect(&recipe, arena, own, wanted, encoder)?;
+        if self.device.guarded {
+            guard::check(&self.device, arena, &self.graph, &recipe.places)?;
+        }
         Ok(Box::new(pending))
     }
 }

@@ -92,6 +92,9 @@ impl Lowering<'_> {
     /// The kernel of a row and a matrix, where workgroup memory suffices.
     fn vector_variant(&self, row: &Row, matrix: &Matrix, shape: Shape) -> Option<Variant> {
         let form = &matrix.form;
+        if form.is_quantised() && !self.device.packed_dot() {
+            return None;
+        }
         let blocks = form.blocks(matrix.k);
         let subgroups = self.device.subgroups();
         // The row in workgroup memory: codes, scale and sum of each block, or its values; and the sums.

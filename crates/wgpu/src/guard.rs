@@ -1,0 +1,99 @@
+//! Sentinels around everything that a run computes: where no value lies, a pattern is written before the run, and must still be
+//! there afterwards.
+
+use std::ops::Range;
+
+use pocketglm_graph::{DeviceFault, Graph, Result, Value};
+
+use crate::device::{Buffer, Device};
+use crate::plan::{Places, is_written};
+
+/// A NaN that no computation gives, so that an element that was not computed shows in the results too.
+pub(crate) const SENTINEL: u32 = 0x7fc5_a5a5;
+/// Elements behind the arena that are watched as well.
+pub(crate) const BEHIND: usize = 1024;
+
+/// Fills an arena with the pattern.
+pub(crate) fn fill(device: &Device, arena: &Buffer) -> Result<()> {
+    let words = vec![SENTINEL; (arena.bytes / 4) as usize];
+    device.write(arena, 0, bytemuck::cast_slice(&words))
+}
+
+/// Checks an arena after a run.
+pub(crate) fn check(device: &Device, arena: &Buffer, graph: &Graph, places: &Places) -> Result<()> {
+    let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(arena)?);
+    let owned = owned(graph, places);
+    match overwritten(&words, &owned) {
+        None => Ok(()),
+        Some(at) => {
+            let before = owned.iter().rev().find(|r| r.end <= at).map_or(0, |r| r.end);
+            let what = format!(
+                "a kernel wrote {:#x} to element {at}, where no value lies, {} behind one",
+                words[at],
+                at - before
+            );
+            Err(device.error(DeviceFault::Driver, what))
+        }
+    }
+}
+
+/// The elements of the arena that belong to something.
+fn owned(graph: &Graph, places: &Places) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    for (i, node) in graph.nodes().iter().enumerate().filter(|(_, n)| !n.load_time) {
+        for port in 0..node.outputs.len() {
+            let value = Value::of(i, port);
+            if node.op.is_source() && !is_written(&node.op) {
+                continue;
+            }
+            if let Some(start) = places.start(value) {
+                ranges.push(start..start + places.plan.shape(value).iter().product::<usize>());
+            }
+        }
+        let scratch = places.plan.scratch_of(i);
+        ranges.push(places.scratch(i)..places.scratch(i) + scratch.len());
+    }
+    ranges.retain(|r| !r.is_empty());
+    ranges.sort_by_key(|r| r.start);
+    let mut merged: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
+}
+
+/// The first element that belongs to nothing and is not the pattern.
+fn overwritten(words: &[u32], owned: &[Range<usize>]) -> Option<usize> {
+    let mut from = 0;
+    for range in owned.iter().cloned().chain([words.len()..words.len()]) {
+        let gap = from..range.start.min(words.len()).max(from);
+        if let Some(at) = words[gap.clone()].iter().position(|&w| w != SENTINEL) {
+            return Some(gap.start + at);
+        }
+        from = range.end.min(words.len()).max(from);
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_overwritten_sentinel_is_found_wherever_it_is() {
+        let owned = [0..3, 8..10, 10..12];
+        let mut words = vec![SENTINEL; 20];
+        for i in [0, 2, 8, 11] {
+            words[i] = 1;
+        }
+        assert_eq!(overwritten(&words, &owned), None);
+        for at in [3, 7, 12, 19] {
+            let mut words = words.clone();
+            words[at] = SENTINEL ^ 1;
+            assert_eq!(overwritten(&words, &owned), Some(at));
+        }
+    }
+}

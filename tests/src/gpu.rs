@@ -1,0 +1,135 @@
+//! The GPU computes what the processor computes: whole models on any adapter, software included. Where there is none, each test
+//! says that it is skipped.
+
+use std::sync::Arc;
+
+use pocketglm::gpu::{self, GpuOptions};
+use pocketglm::{Backend, Engine, EngineOptions, KvFormat, Message, Part, Picture, PreparedPrompt, Request};
+
+use crate::golden::{CHECKPOINTS, cases, path, relative_l2};
+use crate::support::{Random, answer, exactly, options};
+
+/// Logits in f32, as the issue of the GPU has it.
+const LOGITS: f64 = 1e-4;
+/// Rows that stand for a picture: the same bound as against the reference implementation.
+const MERGER: f64 = 2e-5;
+/// Tokens of each answer.
+const TOKENS: usize = 6;
+
+fn open(options: GpuOptions) -> Option<Arc<dyn Backend>> {
+    match gpu::open(&GpuOptions { software: true, ..options }) {
+        Ok(backend) => Some(backend),
+        Err(e) if e.to_string().contains("adapter") => {
+            eprintln!("SKIPPED: {e}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+fn engine(checkpoint: &str, backend: Option<&Arc<dyn Backend>>, other: EngineOptions) -> Engine {
+    let backend = backend.cloned();
+    Engine::open(path(checkpoint), EngineOptions { backend, threads: 2, context: 2048, ..other }).unwrap()
+}
+
+/// Answers and logits of a prompt on both, and their distance.
+fn compare(cpu: &Engine, gpu: &Engine, prompt: &PreparedPrompt, what: &str, bound: f64) {
+    let wanted = cpu.session().forward(prompt).unwrap();
+    let found = gpu.session().forward(prompt).unwrap();
+    let distance = relative_l2(&found, &wanted);
+    assert!(distance <= bound, "{what}: logits {distance:.1e}, bound {bound:.0e}");
+    let wanted = answer(&mut cpu.session(), prompt, &exactly(TOKENS));
+    let found = answer(&mut gpu.session(), prompt, &exactly(TOKENS));
+    assert_eq!(found, wanted, "{what}");
+}
+
+/// The checkpoints, or those in a list, with text and one picture.
+fn every(only: &[&str], backend: &Arc<dyn Backend>, other: impl Fn() -> EngineOptions, bound: f64) -> usize {
+    let mut compared = 0;
+    for (checkpoint, expected_in) in CHECKPOINTS.iter().filter(|(c, _)| only.is_empty() || only.contains(c)) {
+        let cpu = engine(checkpoint, None, other());
+        let gpu = engine(checkpoint, Some(backend), other());
+        for case in cases(expected_in).iter().filter(|c| ["text", "image"].contains(&c.name.as_str())) {
+            let prompt = cpu.prompt(&case.request).unwrap();
+            compare(&cpu, &gpu, &prompt, &format!("{checkpoint} {}", case.name), bound);
+            compared += 1;
+        }
+    }
+    compared
+}
+
+#[test]
+fn every_tiny_checkpoint_gives_the_processor_s_tokens_and_logits() {
+    let Some(backend) = open(GpuOptions::default()) else { return };
+    assert!(every(&[], &backend, EngineOptions::default, LOGITS) >= 14);
+}
+
+#[test]
+fn so_it_does_without_fusion() {
+    let Some(backend) = open(GpuOptions::default()) else { return };
+    let unfused = || EngineOptions { fuse: false, ..EngineOptions::default() };
+    assert!(every(&["default", "kv-heads-1", "merge-3", "f16"], &backend, unfused, LOGITS) >= 4);
+}
+
+#[test]
+fn so_it_does_with_small_bindings_and_with_plain_kernels() {
+    for options in [
+        GpuOptions { binding_limit: Some(128 << 20), ..GpuOptions::default() },
+        GpuOptions { binding_limit: Some(1 << 16), plain: true, ..GpuOptions::default() },
+        GpuOptions { plain: true, ..GpuOptions::default() },
+        GpuOptions { guarded: true, checked: true, ..GpuOptions::default() },
+    ] {
+        let what = format!("{options:?}");
+        let Some(backend) = open(options) else { return };
+        assert!(every(&["default"], &backend, EngineOptions::default, LOGITS) >= 1, "{what}");
+    }
+}
+
+#[test]
+fn caches_in_f16_and_int8_give_the_processor_s_tokens() {
+    let Some(backend) = open(GpuOptions::default()) else { return };
+    // A last bit of a key may round the other way on the two: steps of 2^-11 and 1/127 of a head's largest value.
+    for (kv, bound) in [(KvFormat::F16, 1e-3), (KvFormat::Int8, 2e-2)] {
+        let options = || EngineOptions { kv, ..EngineOptions::default() };
+        assert!(every(&["default", "kv-heads-8-2"], &backend, options, bound) >= 2);
+    }
+}
+
+#[test]
+fn pictures_of_64_sizes_are_encoded_as_on_the_processor() {
+    let Some(backend) = open(GpuOptions::default()) else { return };
+    let cpu = engine("default", None, options());
+    let gpu = engine("default", Some(&backend), options());
+    let mut random = Random::new(64);
+    let mut worst = 0f64;
+    for i in 0..64 {
+        let (w, h) = (28 + random.below(90), 28 + random.below(90));
+        let pixels: Vec<u8> = (0..w * h * 3).map(|_| random.below(256) as u8).collect();
+        let parts = vec![Part::Image(Picture::rgb8(w, h, pixels).unwrap()), Part::Text("?".into())];
+        let prompt = cpu.prompt(&Request::Messages(vec![Message::parts("user", parts)])).unwrap();
+        let rows = |engine: &Engine| {
+            let trace = engine.trace(&prompt).unwrap();
+            trace.get("image_embeds").unwrap().to_f32().unwrap().into_owned()
+        };
+        let distance = relative_l2(&rows(&gpu), &rows(&cpu));
+        assert!(distance <= MERGER, "picture {i} of {w}x{h}: {distance:.1e}");
+        worst = worst.max(distance);
+    }
+    println!("64 pictures, worst distance {worst:.1e}");
+    assert!(worst > 0.0, "the same numbers to the last bit: were both on the processor?");
+}
+
+#[test]
+fn an_adapter_that_is_not_there_is_an_error() {
+    let options = GpuOptions { adapter: Some("no such adapter".into()), ..GpuOptions::default() };
+    let error = gpu::open(&options).err().unwrap().to_string();
+    assert!(error.contains("adapter"), "{error}");
+}
+
+#[test]
+fn a_budget_that_is_too_small_is_refused_before_weights_are_read() {
+    let Some(backend) = open(GpuOptions::default()) else { return };
+    let options = EngineOptions { backend: Some(backend), memory: Some(1 << 10), ..options() };
+    let error = Engine::open(path("default"), options).err().unwrap().to_string();
+    assert!(error.contains("bytes"), "{error}");
+}

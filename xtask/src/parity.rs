@@ -1,0 +1,180 @@
+//! `cargo xtask parity`: what a GPU computes, held against the processor's scalar kernels, op by op.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pocketglm_checkpoint::{Checkpoint, OpenOptions};
+use pocketglm_glm::{Trace, decoder};
+use pocketglm_graph::{
+    Backend, Bindings, CpuBackend, DeviceFault, Graph, GraphBuilder, Inputs, Outputs, passes,
+};
+use pocketglm_tensor::{Cpu, Isa, WeightSource};
+use pocketglm_wgpu::cases::{self, relative_l2};
+use pocketglm_wgpu::{GpuOptions, WgpuBackend};
+
+use crate::model::Model;
+use crate::{Error, Result, repo};
+
+/// How far any value of a model in f32 may be from the processor's.
+const MODEL: f64 = 1e-4;
+
+/// Options of the command.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// What is compared with the processor.
+    #[arg(long, value_parser = ["wgpu"], default_value = "wgpu")]
+    backend: String,
+    /// Part of the adapter's name; without it the first one, software included.
+    #[arg(long)]
+    gpu: Option<String>,
+    /// Compares every value of this checkpoint's decoder instead of the case list.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Only plain kernels: no subgroups, no packed byte products.
+    #[arg(long)]
+    plain: bool,
+    /// Most bytes of a binding.
+    #[arg(long)]
+    binding_limit: Option<u64>,
+}
+
+/// What a comparison ended with.
+pub enum Parity {
+    /// So much was compared, and all of it was right.
+    Compared(usize),
+    /// There is no adapter.
+    Skipped(String),
+}
+
+/// Runs the comparison. Without an adapter it says so, and that this is no pass.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    match compare(arguments)? {
+        Parity::Compared(_) => Ok(()),
+        Parity::Skipped(why) => Err(Error::Content {
+            place: "parity".into(),
+            wanted: "an adapter".into(),
+            found: format!("SKIPPED, which is no pass: {why}"),
+        }),
+    }
+}
+
+/// The case list, on any adapter: a step of `cargo xtask check`.
+pub fn check() -> Result<Parity> {
+    let backend = "wgpu".into();
+    compare(&Arguments { backend, gpu: None, model: None, plain: false, binding_limit: None })
+}
+
+fn compare(arguments: &Arguments) -> Result<Parity> {
+    let options = GpuOptions {
+        adapter: arguments.gpu.clone(),
+        software: true,
+        plain: arguments.plain,
+        binding_limit: arguments.binding_limit,
+        guarded: true,
+        ..GpuOptions::default()
+    };
+    let gpu = match WgpuBackend::open(Arc::new(Cpu::new(0)?), &options) {
+        Ok(gpu) => gpu,
+        Err(e) if e.device_fault() == Some(DeviceFault::Absent) => return Ok(Parity::Skipped(e.to_string())),
+        Err(e) => return Err(e.into()),
+    };
+    repo::print(&format!("{}\n", gpu.describe()))?;
+    let cpu = Arc::new(Cpu::with_isa(Isa::Scalar, 1)?);
+    let compared = match &arguments.model {
+        None => list(&gpu, &cpu)?,
+        Some(folder) => model(&gpu, cpu, folder)?,
+    };
+    Ok(Parity::Compared(compared))
+}
+
+/// Runs the case list, fused and unfused; the first op that differs is named first.
+fn list(gpu: &WgpuBackend, cpu: &Arc<Cpu>) -> Result<usize> {
+    let (mut compared, mut problems) = (0, Vec::new());
+    let mut worst: Vec<(&str, usize, f64)> = Vec::new();
+    let cooperative = gpu.uses_cooperative_matrices();
+    for case in cases::all()? {
+        let wanted = case.wanted(cpu)?;
+        let bound = if cooperative { case.cooperative } else { case.bound };
+        for fuse in [false, true] {
+            let how = if fuse { "fused" } else { "unfused" };
+            let difference = match case.run(gpu, fuse) {
+                Ok(found) => cases::compare(&wanted, &found, bound).map_err(|d| d.to_string()),
+                Err(e) => Err(e.to_string()),
+            };
+            compared += 1;
+            match difference {
+                Err(difference) => problems.push(format!("{}, {how}: {difference}", case.name())),
+                Ok(distance) => match worst.iter_mut().find(|w| w.0 == case.op) {
+                    Some(w) => (w.1, w.2) = (w.1 + 1, w.2.max(distance)),
+                    None => worst.push((case.op, 1, distance)),
+                },
+            }
+        }
+    }
+    let mut rows = vec![["op", "compared", "worst distance"].map(String::from).to_vec()];
+    rows.extend(worst.iter().map(|(op, n, d)| vec![(*op).into(), n.to_string(), format!("{d:.1e}")]));
+    repo::print(&repo::table(&rows))?;
+    verdict(compared, problems)
+}
+
+fn verdict(compared: usize, problems: Vec<String>) -> Result<usize> {
+    if let Some(first) = problems.first() {
+        repo::print(&format!("first difference: {first}\n"))?;
+        return Err(Error::Problems { check: "parity", problems });
+    }
+    repo::print(&format!("parity: {compared} comparisons, no difference\n"))?;
+    Ok(compared)
+}
+
+/// A prompt and a few tokens through a checkpoint's decoder, fused, with every value of it compared.
+fn model(gpu: &WgpuBackend, cpu: Arc<Cpu>, folder: &Path) -> Result<usize> {
+    let description = Model::open(&folder.to_string_lossy())?;
+    let source: Arc<dyn WeightSource> = Arc::new(Checkpoint::open(folder, &OpenOptions::default())?);
+    let mut g = GraphBuilder::new(&*source);
+    decoder(&mut g, &description.text, Trace::Off)?;
+    let mut graph = g.finish();
+    passes::optimise(&mut graph)?;
+    // The GPU's own pass comes first, so that the values it joins are not asked for.
+    passes::apply("norm and residual into the layer behind", passes::fuse_norm_add_linear, &mut graph)?;
+    graph.name_every_value();
+    let vocabulary = description.text.vocab_size as i32;
+    let wanted = decode(&CpuBackend::new(cpu), &graph, &source, vocabulary)?;
+    let found = decode(gpu, &graph, &source, vocabulary)?;
+    let (mut compared, mut problems) = (0, Vec::new());
+    for (step, (wanted, found)) in wanted.iter().zip(&found).enumerate() {
+        for ((name, wanted), (_, found)) in wanted.0.iter().zip(&found.0) {
+            let distance = relative_l2(&found.values, &wanted.values);
+            compared += 1;
+            if distance > MODEL {
+                problems.push(format!("run {step}, {name}: {distance:.1e}, bound {MODEL:.0e}"));
+            }
+        }
+    }
+    verdict(compared, problems)
+}
+
+/// All values of a prompt of nine tokens and of three tokens after it.
+fn decode(
+    backend: &dyn Backend,
+    graph: &Graph,
+    source: &Arc<dyn WeightSource>,
+    vocabulary: i32,
+) -> Result<Vec<Outputs>> {
+    let program = backend.compile(graph, source.clone())?;
+    let mut state = program.new_state(&Bindings::new().with("C", 16))?;
+    let mut all = Vec::new();
+    for (t, past) in [(9usize, 0usize), (1, 9), (1, 10), (1, 11)] {
+        let ids: Vec<i32> = (past..past + t).map(|i| (i as i32 * 7919 + 13) % vocabulary).collect();
+        let positions: Vec<i32> = (0..3).flat_map(|_| (past..past + t).map(|p| p as i32)).collect();
+        let last = [t as i32 - 1];
+        let inputs = Inputs::new()
+            .i32("input_ids", &ids)
+            .i32("position_ids", &positions)
+            .i32("image_at", &[])
+            .f32("image_embeds", &[])
+            .i32("logit_rows", &last);
+        let bindings = Bindings::new().with("T", t).with("P", past).with("V", 0).with("R", 1);
+        all.push(program.run(&mut state, &inputs, &bindings)?);
+    }
+    Ok(all)
+}
