@@ -240,6 +240,7 @@ impl Device {
 
     /// Whether the kernels' shapes were measured on devices of this vendor.
     pub fn is_nvidia(&self) -> bool {
+        const NVIDIA: u32 = 0x10de;
         self.vendor == NVIDIA
     }
 
