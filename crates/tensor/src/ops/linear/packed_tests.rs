@@ -86,7 +86,6 @@ fn compare(case: &str, m: usize, k: usize, parts: &[Part<'_>], epilogue: Epilogu
     let n: usize = parts.iter().map(|p| p.rows).sum();
     let outputs = if epilogue == Epilogue::SwiGlu { n / 2 } else { n };
     // Each part sees x in its own rounding; the twin takes one x, so it runs part by part where they differ.
-    let cpu = Cpu::new(1).unwrap();
     let mut plain = vec![0.0; m * n];
     let mut offset = 0;
     for part in parts {
