@@ -110,9 +110,11 @@ pub fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
             "token_ids": answer.token_ids(),
             "prompt_tokens": prompt.token_ids().len(),
             "finish_reason": finish.as_str(),
-            "device_failure": engine.device_failure(),
             "timings": timings_json(load, &timings),
         });
+        if let Some(why) = engine.device_failure() {
+            object["device_failure"] = why.into();
+        }
         if let Some((_, taps)) = &taps {
             object["taps"] = taps.iter().map(taps::Tap::json).collect();
         }

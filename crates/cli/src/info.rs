@@ -150,6 +150,7 @@ fn placement_json(placement: &Placement) -> Value {
         "embedding": placement.embedding,
         "vision": placement.vision,
         "budget": placement.budget,
+        "least": placement.least,
     })
 }
 

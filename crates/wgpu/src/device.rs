@@ -260,9 +260,20 @@ impl Device {
 
     /// What failed since the last check.
     pub fn check(&self) -> Result<()> {
+        let Some((fault, what)) = self.faults.take() else { return Ok(()) };
+        if fault != DeviceFault::Lost {
+            self.hear_of_loss()?;
+        }
+        Err(self.error(fault, what))
+    }
+
+    /// Fails where the device is lost. A loss is told when the device is next polled, which may be after the first call
+    /// that fails because of it.
+    fn hear_of_loss(&self) -> Result<()> {
+        let _ = self.device.poll(wgpu::PollType::Poll);
         match self.faults.take() {
-            None => Ok(()),
             Some((fault, what)) => Err(self.error(fault, what)),
+            None => Ok(()),
         }
     }
 
@@ -303,7 +314,7 @@ impl Device {
             ));
         }
         if let Some(error) = invalid {
-            self.check()?;
+            self.hear_of_loss()?;
             return Err(self.error(DeviceFault::Driver, format!("{what}: {error}")));
         }
         self.allocated.fetch_add(size, Ordering::Relaxed);
@@ -365,12 +376,14 @@ impl Device {
         let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: Some(PATIENCE) };
         match self.device.poll(wait) {
             Ok(_) => self.check(),
+            Err(wgpu::PollError::Timeout) => {
+                self.hear_of_loss()?;
+                Err(self.error(DeviceFault::Timeout, format!("no answer within {} s", PATIENCE.as_secs())))
+            }
             Err(error) => {
-                self.check()?;
-                Err(self.error(
-                    DeviceFault::Timeout,
-                    format!("no answer within {} s: {error}", PATIENCE.as_secs()),
-                ))
+                self.hear_of_loss()?;
+                Err(self
+                    .error(DeviceFault::Lost, format!("the device is lost, it takes no more work: {error}")))
             }
         }
     }

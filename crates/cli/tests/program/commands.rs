@@ -190,3 +190,62 @@ fn help_names_every_command_and_flag() {
     }
     assert_eq!(run(&["--version"]).status, Some(0));
 }
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_gpu_that_is_not_there_is_an_error_or_the_processor_with_a_note() {
+    let model = checkpoint("default");
+    let args = ["generate", "--model", &model, "--prompt", "hi", "--max-new-tokens", "3", "--ignore-eos"];
+    let plain = ok(&[&args[..], &["--quiet"]].concat());
+    let absent = ["--backend", "wgpu", "--gpu", "no such adapter"];
+    let refused = run(&[&args[..], &absent].concat());
+    assert_eq!(refused.status, Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("adapter"), "{}", refused.stderr);
+    let replaced = ok(&[&args[..], &absent, &["--gpu-fallback", "cpu", "--quiet"]].concat());
+    assert_eq!(replaced.stdout, plain.stdout);
+    assert!(replaced.stderr.contains("note: the processor runs the model"), "{}", replaced.stderr);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn gpus_are_listed_with_their_limits() {
+    let listed = json(&["gpus", "--json"]);
+    let text = ok(&["gpus"]).stdout;
+    for gpu in listed.as_array().unwrap() {
+        assert!(gpu["binding_limit"].as_u64().unwrap() >= 1 << 27);
+        assert!(text.contains(gpu["name"].as_str().unwrap()), "{text}");
+    }
+}
+
+/// Needs an adapter; where the list is empty there is nothing to place, and the test says so.
+#[cfg(feature = "wgpu")]
+#[test]
+fn info_prints_the_placement_and_the_bytes_on_each_device() {
+    let model = checkpoint("default");
+    let listed = json(&["gpus", "--json"]);
+    let Some(name) = listed[0]["name"].as_str() else {
+        eprintln!("SKIPPED: no adapter");
+        return;
+    };
+    let with = |more: &[&str]| {
+        let args = ["info", "--json", "--model", &model, "--backend", "wgpu", "--gpu", name];
+        json(&[&args[..], more].concat())
+    };
+    let whole = with(&[]);
+    let total = whole["plan"]["device_total"].as_u64().unwrap();
+    assert_eq!((&whole["placement"]["layers"], &whole["placement"]["of"]), (&3.into(), &3.into()));
+    let none = with(&["--gpu-memory", "0"]);
+    assert_eq!((&none["placement"]["layers"], &none["plan"]["device_total"]), (&0.into(), &0.into()));
+    let least = none["placement"]["least"].as_u64().unwrap().to_string();
+    let one = with(&["--gpu-memory", &least]);
+    assert_eq!(one["placement"]["layers"], 1, "{one}");
+    assert_eq!(one["plan"]["device_total"].to_string(), least);
+    assert!(one["plan"]["device_total"].as_u64().unwrap() < total);
+    let args = ["info", "--model", &model, "--backend", "wgpu", "--gpu", name, "--gpu-memory", &least];
+    let text = ok(&args).stdout;
+    for wanted in
+        ["placement: 1 of 3 decoder layers on the device; the other layers,", "limits", " on the device"]
+    {
+        assert!(text.contains(wanted), "{text}");
+    }
+}
