@@ -78,7 +78,7 @@ fn compare(arguments: &Arguments) -> Result<Parity> {
         Err(e) if e.device_fault() == Some(DeviceFault::Absent) => return Ok(Parity::Skipped(e.to_string())),
         Err(e) => return Err(e.into()),
     };
-    repo::print(&format!("{}\n", gpu.describe()))?;
+    repo::print(&format!("{}: {}\n", arguments.backend, gpu.describe()))?;
     let cpu = Arc::new(Cpu::with_isa(Isa::Scalar, 1)?);
     let compared = match &arguments.model {
         None => list(&gpu, &cpu)?,

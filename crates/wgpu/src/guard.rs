@@ -68,7 +68,7 @@ fn owned(graph: &Graph, places: &Places) -> Vec<Range<usize>> {
 /// The first element that belongs to nothing and is not the pattern.
 fn overwritten(words: &[u32], owned: &[Range<usize>]) -> Option<usize> {
     let mut from = 0;
-    for range in owned.iter().cloned().chain([words.len()..words.len()]) {
+    for range in owned.iter().cloned().chain(std::iter::once(words.len()..words.len())) {
         let gap = from..range.start.min(words.len()).max(from);
         if let Some(at) = words[gap.clone()].iter().position(|&w| w != SENTINEL) {
             return Some(gap.start + at);

@@ -4,8 +4,8 @@ use pocketglm_graph::ops::{RopeLayout, SoftmaxMask};
 use pocketglm_graph::{Bindings, Dim, GraphBuilder, Result, Value};
 use pocketglm_tensor::{Block, DType, KvFormat};
 
-use super::compare::Bound;
-use super::compare::bounds::{F32, INT8_ACTIVATIONS, KV_F16, KV_INT8, wider};
+use super::comparison::Bound;
+use super::comparison::bounds::{F32, INT8_ACTIVATIONS, KV_F16, KV_INT8, wider};
 use super::draft::{About, Draft, Fill};
 use super::{Case, Values};
 
@@ -20,7 +20,7 @@ pub(super) fn cases(list: &mut Vec<Case>) -> Result<()> {
 fn rows(list: &mut Vec<Case>) -> Result<()> {
     // Heads, key heads, components.
     for (h, kv, d) in [(2, 2, 16), (4, 2, 20), (3, 1, 64), (4, 1, 6), (2, 2, 7), (1, 1, 128), (2, 1, 256)] {
-        for bounds in [None, Some(&[0, 1][..]), Some(&[0, 5, 5, 37]), Some(&[0, 64, 65, 70])] {
+        for bounds in [None, Some(&[0, 1][..]), Some(&[0, 5, 5, 37][..]), Some(&[0, 64, 65, 70][..])] {
             let t = bounds.and_then(|b| b.last()).map_or(35, |&t| t as usize);
             for fill in [Fill::Spread, Fill::Large, Fill::Equal, Fill::Negative] {
                 if fill != Fill::Spread && (t != 35 || d > 64) {
@@ -159,7 +159,7 @@ fn heads(list: &mut Vec<Case>) -> Result<()> {
         block(4, 2, 16, 8, Interleaved, [Q4, Q8, DType::F32], true, false),
         block(3, 3, 6, 6, Half, FLOAT, true, true),
     ] {
-        for (t, bounds) in [(1, &[0, 1][..]), (13, &[0, 4, 13]), (40, &[0, 40])] {
+        for (t, bounds) in [(1, &[0, 1][..]), (13, &[0, 4, 13][..]), (40, &[0, 40][..])] {
             let c = 64;
             let rounds = t == 1 && b.types.iter().any(|t| t.is_quantised());
             let form = format!("{t} rows, {}", b.name());

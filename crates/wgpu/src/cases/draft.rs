@@ -8,7 +8,7 @@ use pocketglm_graph::{Bindings, Dim, GraphBuilder, Result, Value};
 use pocketglm_quant::{RowOptions, dequantise_row, quantise_row};
 use pocketglm_tensor::{DType, Error as TensorError, KvFormat, Tensor, TensorInfo, WeightSource};
 
-use super::compare::{Bound, bounds};
+use super::comparison::{Bound, bounds};
 use super::{Case, Model, Run, Values};
 
 /// What values look like.

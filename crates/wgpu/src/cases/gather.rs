@@ -4,7 +4,7 @@ use pocketglm_graph::Result;
 use pocketglm_tensor::DType;
 
 use super::Case;
-use super::compare::bounds::{EXACT, F32};
+use super::comparison::bounds::{EXACT, F32};
 use super::draft::{About, Fill};
 use super::products::{formats, scales_bound, widths};
 

@@ -7,7 +7,7 @@
 //! Not part of the interface: hidden from the documentation, and free to change.
 
 mod attention;
-mod compare;
+mod comparison;
 mod draft;
 mod gather;
 mod products;
@@ -22,7 +22,7 @@ use pocketglm_graph::{
 use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
 
 pub use crate::features::Feature;
-pub use compare::{Bound, Difference, bounds, compare, relative_l2};
+pub use comparison::{Bound, Difference, bounds, compare, relative_l2};
 
 /// A small graph with all that a run of it needs.
 pub struct Case {

@@ -4,8 +4,8 @@ use pocketglm_graph::ops::UnaryKind;
 use pocketglm_graph::{Dim, GraphBuilder, Result, Value};
 use pocketglm_tensor::{Affine, Block, DType};
 
-use super::compare::Bound;
-use super::compare::bounds::{F32, HALF_SCALES, INT8_ACTIVATIONS, wider};
+use super::comparison::Bound;
+use super::comparison::bounds::{F32, HALF_SCALES, INT8_ACTIVATIONS, wider};
 use super::draft::{About, Draft, Fill};
 use super::{Case, Feature};
 

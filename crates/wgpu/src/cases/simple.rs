@@ -4,7 +4,7 @@ use pocketglm_graph::Result;
 use pocketglm_graph::ops::{BinaryKind, RopeLayout, SoftmaxMask, UnaryKind};
 
 use super::Case;
-use super::compare::bounds::{EXACT, F32};
+use super::comparison::bounds::{EXACT, F32};
 use super::draft::{About, Fill, dims};
 
 pub(super) fn cases(list: &mut Vec<Case>) -> Result<()> {
