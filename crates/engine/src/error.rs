@@ -58,7 +58,7 @@ pub enum Error {
         /// The path, or a description of where it came from.
         sound: String,
         /// What happened.
-        source: pocketglm_wav2vec::Error,
+        source: Box<pocketglm_wav2vec::Error>,
     },
     /// An adapter file that cannot be used.
     #[error("adapter {path}: {what}")]
@@ -108,7 +108,7 @@ pub enum Error {
     Vision(#[from] pocketglm_vit::Error),
     /// A speech checkpoint, or its settings, make no sense.
     #[error(transparent)]
-    Audio(#[from] pocketglm_wav2vec::Error),
+    Audio(Box<pocketglm_wav2vec::Error>),
     /// The graph could not be built, compiled or run.
     #[error(transparent)]
     Graph(#[from] pocketglm_graph::Error),
@@ -264,5 +264,11 @@ impl Error {
             Error::Graph(error) => error.device_fault(),
             _ => None,
         }
+    }
+}
+
+impl From<pocketglm_wav2vec::Error> for Error {
+    fn from(source: pocketglm_wav2vec::Error) -> Error {
+        Error::Audio(Box::new(source))
     }
 }

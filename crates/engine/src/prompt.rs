@@ -268,7 +268,7 @@ fn listen(
     let (found, wanted) = (clip.samples().len(), audio.config.receptive_field());
     if found < wanted {
         let source = pocketglm_wav2vec::Error::TooShort { wanted, found };
-        return Err(Error::Sound { sound: sound.name(), source });
+        return Err(Error::Sound { sound: sound.name(), source: Box::new(source) });
     }
     let tokens = audio.config.frames(found);
     fits(tokens)?;

@@ -22,7 +22,7 @@ pub struct Recogniser {
 }
 
 /// How a recording is transcribed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct TranscribeOptions {
     /// How long audio is cut.
     pub chunking: Chunking,
@@ -30,12 +30,6 @@ pub struct TranscribeOptions {
     pub beam: usize,
     /// Stops the work from another thread, after the chunk that runs.
     pub cancel: Cancel,
-}
-
-impl Default for TranscribeOptions {
-    fn default() -> Self {
-        TranscribeOptions { chunking: Chunking::default(), beam: 0, cancel: Cancel::default() }
-    }
 }
 
 /// Whether a checkpoint is one of speech: `model_type` of its `config.json` is `wav2vec2`.
@@ -142,7 +136,7 @@ impl Recogniser {
     /// As [`Recogniser::transcribe`], and [`Error::Cancelled`].
     pub fn transcribe_file(&self, path: impl AsRef<Path>, how: &TranscribeOptions) -> Result<Transcript> {
         let path = path.as_ref();
-        let named = |source| Error::Sound { sound: path.display().to_string(), source };
+        let named = |source| Error::Sound { sound: path.display().to_string(), source: Box::new(source) };
         let level = match how.chunking.level {
             Some(level) => level,
             None => self.level(path, how)?,
@@ -195,7 +189,7 @@ impl Recogniser {
         step: &'static str,
         take: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
-        let named = |source| Error::Sound { sound: path.display().to_string(), source };
+        let named = |source| Error::Sound { sound: path.display().to_string(), source: Box::new(source) };
         let mut blocks = WavBlocks::new(open(path)?, &self.options.audio_limits).map_err(named)?;
         let rate = u64::from(blocks.info().sample_rate.max(1));
         let total = (blocks.info().frames / rate) as usize + 1;

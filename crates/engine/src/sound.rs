@@ -42,7 +42,7 @@ impl Sound {
     /// [`Error::Sound`] where frames, channels or rate make no sense.
     pub fn frames(samples: &[f32], channels: u16, rate: u32) -> Result<Sound> {
         let clip = Clip::from_frames(samples, channels, rate, &AudioLimits::default())
-            .map_err(|source| Error::Sound { sound: "from frames".into(), source })?;
+            .map_err(|source| Error::Sound { sound: "from frames".into(), source: Box::new(source) })?;
         Ok(Sound(Source::Clip(Arc::new(clip))))
     }
 
@@ -78,7 +78,7 @@ impl Sound {
             Source::Base64(text) => Clip::decode_base64(text, limits),
             Source::Clip(clip) => return Ok(clip.clone()),
         };
-        decoded.map(Arc::new).map_err(|source| Error::Sound { sound: self.name(), source })
+        decoded.map(Arc::new).map_err(|source| Error::Sound { sound: self.name(), source: Box::new(source) })
     }
 }
 
@@ -94,5 +94,5 @@ pub(crate) fn open(path: &std::path::Path) -> Result<File> {
 /// Reads a WAV file as it goes, so that only its samples at 16 kHz are held.
 fn read(path: &std::path::Path, limits: &AudioLimits) -> Result<Clip> {
     Clip::read_wav(open(path)?, limits)
-        .map_err(|source| Error::Sound { sound: path.display().to_string(), source })
+        .map_err(|source| Error::Sound { sound: path.display().to_string(), source: Box::new(source) })
 }

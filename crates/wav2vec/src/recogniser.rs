@@ -127,7 +127,7 @@ impl Recogniser {
     ) -> Result<Recogniser> {
         let opened = Opened::new(path.as_ref(), &options)?;
         let wanted = if opened.head { Wanted::Logits } else { Wanted::Features };
-        let graph = graph(&opened.config, &*opened.weights, wanted, options.fuse)?;
+        let graph = graph(&opened.config, &opened.weights, wanted, options.fuse)?;
         let program = backend.compile(&graph, opened.weights.clone())?;
         let Opened { config, vocabulary, head, normalise, weights } = opened;
         let features = OnceLock::new();
@@ -143,7 +143,7 @@ impl Recogniser {
     pub fn inspect(path: impl AsRef<Path>, options: &RecogniserOptions) -> Result<(RecogniserInfo, Graph)> {
         let opened = Opened::new(path.as_ref(), options)?;
         let wanted = if opened.head { Wanted::Logits } else { Wanted::Features };
-        let graph = graph(&opened.config, &*opened.weights, wanted, options.fuse)?;
+        let graph = graph(&opened.config, &opened.weights, wanted, options.fuse)?;
         Ok((opened.info(), graph))
     }
 
@@ -202,7 +202,7 @@ impl Recogniser {
             (false, _) => &inner.program,
             (true, Some(program)) => program,
             (true, None) => {
-                let graph = graph(&inner.config, &*inner.weights, Wanted::Features, inner.options.fuse)?;
+                let graph = graph(&inner.config, &inner.weights, Wanted::Features, inner.options.fuse)?;
                 let program = inner.backend.compile(&graph, inner.weights.clone())?;
                 // Another thread may have been faster; its program is as good.
                 inner.features.get_or_init(|| program)
@@ -220,7 +220,7 @@ impl Recogniser {
         let inner = &self.inner;
         let values = clip.input_values(inner.normalise);
         self.check_length(values.len())?;
-        let graph = graph(&inner.config, &*inner.weights, Wanted::Everything, inner.options.fuse)?;
+        let graph = graph(&inner.config, &inner.weights, Wanted::Everything, inner.options.fuse)?;
         let program = inner.backend.compile(&graph, inner.weights.clone())?;
         let mut tensors = vec![("input_values".to_owned(), Tensor::from_f32(&[1, values.len()], &values)?)];
         for (name, output) in self.run(&*program, &values)?.0 {

@@ -39,8 +39,11 @@ pub(crate) struct Run {
     pub bias: Option<usize>,
 }
 
+/// The weight of a part of a node, and its bias where it has one.
+type WeightAndBias = (Value, Option<Value>);
+
 /// Weight and bias of each part of a node that multiplies with weights; whether a bias is wanted in any case.
-fn parts_of(node: &Node) -> Option<(Vec<(Value, Option<Value>)>, bool)> {
+fn parts_of(node: &Node) -> Option<(Vec<WeightAndBias>, bool)> {
     let list = |biases: &[bool], mut at: usize| {
         let mut parts = Vec::with_capacity(biases.len());
         for &bias in biases {
@@ -200,7 +203,7 @@ impl<'a> Loader<'a> {
     /// The matrices of a node: neighbours of one form become one. `None` where a factor is no stored weight.
     fn product(
         &mut self,
-        parts: &[(Value, Option<Value>)],
+        parts: &[WeightAndBias],
         biased: bool,
         vectors: &mut Vectors,
     ) -> Result<Option<Vec<Run>>> {

@@ -22,7 +22,7 @@ impl KvLayout {
             KvFormat::Int8 => 4,
             _ => 0,
         };
-        if multiple == 0 || d % multiple != 0 {
+        if multiple == 0 || !d.is_multiple_of(multiple) {
             let what = format!(
                 "keys and values in {format} with heads of {d} have no form on a GPU: take f32 or f16"
             );

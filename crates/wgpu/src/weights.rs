@@ -109,9 +109,14 @@ impl Form {
         }
     }
 
-    /// The same for kernels on cooperative matrices.
+    /// The same for kernels on cooperative matrices, which tell the float formats apart by themselves.
     pub fn define_cooperative(&self, variant: Variant) -> Variant {
-        self.define(variant).flag_if(!self.is_quantised(), "W_FLOAT")
+        match self.kind {
+            Kind::F32 => variant.flag("W_FLOAT").flag("W_F32"),
+            Kind::F16 => variant.flag("W_FLOAT").flag("W_F16"),
+            Kind::BF16 => variant.flag("W_FLOAT").flag("W_BF16"),
+            _ => self.define(variant),
+        }
     }
 
     /// The same for kernels that read single values and have their zero as a constant.

@@ -86,23 +86,17 @@ impl Lowering<'_> {
             return Ok(());
         }
         let [t, c] = self.rows_of(node.inputs[0]);
-        let x = self.normed(node, qkv.norm, self.places.scratch(self.node))?;
         let at = qkv.first_weight() + qkv.parts.iter().map(|b| 1 + usize::from(*b)).sum::<usize>();
         let width = (qkv.heads + 2 * qkv.kv_heads) * qkv.head_dim;
         let y = self.bound(self.result(0))?;
-        let activation = Activation::None;
-        let half = self.halved(node, x, [t, c])?;
-        self.product(&Product {
-            x,
-            half,
-            m: t,
-            k: c,
-            activation,
-            residual: None,
-            y,
-            stride: width,
-            x_stride: c,
-        })?;
+        if !self.vector_heads(node, qkv)? {
+            let x = self.normed(node, qkv.norm, self.places.scratch(self.node))?;
+            let half = self.halved(node, x, [t, c])?;
+            let activation = Activation::None;
+            let product =
+                Product { x, half, m: t, k: c, activation, residual: None, y, stride: width, x_stride: c };
+            self.product(&product)?;
+        }
         let table = self.bound(node.inputs[at])?;
         let r = self.shape(node.inputs[at]).last().copied().unwrap_or(0);
         // q and k lie side by side, so one dispatch rotates the heads of both.

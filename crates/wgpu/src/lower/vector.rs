@@ -166,15 +166,17 @@ impl Lowering<'_> {
     /// A linear layer of one row; says whether it was one that the kernel takes.
     pub fn vector_linear(&mut self, node: &Node, linear: &Linear) -> Result<bool> {
         let swiglu = linear.activation == Activation::SwiGlu;
-        let plain = linear.activation == Activation::None;
-        let (Some(row), Some(whole)) = (self.vector_row(node, linear.norm), self.whole()) else {
-            return Ok(false);
-        };
-        let Ok(runs) = self.runs().map(<[Run]>::to_vec) else { return Ok(false) };
-        let Some(y) = self.places.start(self.result(0)) else { return Ok(false) };
-        if linear.residual || !(swiglu || plain) {
+        if linear.residual || !(swiglu || linear.activation == Activation::None) {
             return Ok(false);
         }
+        self.vector_rows(node, linear.norm, swiglu)
+    }
+
+    /// Products of one row with the matrices of a node, one after the other; says whether the kernel takes all.
+    fn vector_rows(&mut self, node: &Node, norm: Option<LinearNorm>, swiglu: bool) -> Result<bool> {
+        let (Some(row), Some(whole)) = (self.vector_row(node, norm), self.whole()) else { return Ok(false) };
+        let Ok(runs) = self.runs().map(<[Run]>::to_vec) else { return Ok(false) };
+        let Some(y) = self.places.start(self.result(0)) else { return Ok(false) };
         let held = self.held;
         let mut steps = Vec::new();
         let mut column = 0;
@@ -211,6 +213,12 @@ impl Lowering<'_> {
             self.dispatch_grid(variant, &slots, words, groups)?;
         }
         Ok(true)
+    }
+
+    /// The matrices of the head of an attention block and one row, where they are of several formats, or their result
+    /// needs other kernels; says whether the kernel takes them.
+    pub fn vector_heads(&mut self, node: &Node, qkv: &Qkv) -> Result<bool> {
+        self.vector_rows(node, qkv.norm, false)
     }
 
     /// The head of an attention block of one row; says whether it was one that the kernel takes.
