@@ -29,7 +29,7 @@ pub use cpu::{CpuBackend, load_time_values, plan_memory, widened_weight};
 pub use dim::{Bindings, Dim, eval_shape, product};
 pub use error::{DeviceFault, Error};
 pub use graph::{Graph, Meta, Node, Value};
-pub use plan::Plan;
+pub use plan::{Plan, Scratch};
 pub use stages::{StageOf, StagedBackend};
 
 /// Result of this crate's fallible functions.

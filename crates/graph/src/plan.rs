@@ -21,6 +21,9 @@ pub(crate) enum Place {
     Arena(Range<usize>),
 }
 
+/// Working memory of a node, in f32 elements, from the shapes of its operands and of its results.
+pub type Scratch = dyn Fn(&Node, &[Vec<usize>], &[Vec<usize>]) -> usize;
+
 /// Sizes and places of all values for one set of sizes.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -49,12 +52,7 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn aligned(
-        graph: &Graph,
-        bindings: &Bindings,
-        align: usize,
-        scratch: &dyn Fn(&Node, &[Vec<usize>], &[Vec<usize>]) -> usize,
-    ) -> Result<Plan> {
+    pub fn aligned(graph: &Graph, bindings: &Bindings, align: usize, scratch: &Scratch) -> Result<Plan> {
         let mut shapes = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
             let sizes: Result<Vec<_>> = node.outputs.iter().map(|m| eval_shape(&m.shape, bindings)).collect();
