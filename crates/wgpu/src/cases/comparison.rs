@@ -30,6 +30,12 @@ pub mod bounds {
         most: 1e-3,
         reason: "nested scales, and minima, are rounded to f16 (2^-11) when weights come to the device",
     };
+    /// The product of two results over such scales, which may be large and differ.
+    pub const HALF_SCALES_SWIGLU: Bound = Bound {
+        name: "half scales, SwiGLU",
+        most: 5e-3,
+        reason: "silu(gate) * up multiplies the errors of two results over rounded scales",
+    };
     /// A cache in half precision: a value that differs in its last bit may round to the other neighbour.
     pub const KV_F16: Bound =
         Bound { name: "f16 cache", most: 2e-4, reason: "a last bit may round keys and values the other way" };
@@ -53,7 +59,8 @@ pub mod bounds {
     };
 
     /// All of them.
-    pub const ALL: [Bound; 7] = [EXACT, F32, KV_F16, HALF_SCALES, KV_INT8, COOPERATIVE, INT8_ACTIVATIONS];
+    pub const ALL: [Bound; 8] =
+        [EXACT, F32, KV_F16, HALF_SCALES, KV_INT8, COOPERATIVE, HALF_SCALES_SWIGLU, INT8_ACTIVATIONS];
 
     /// The larger of two.
     pub const fn wider(a: Bound, b: Bound) -> Bound {

@@ -5,7 +5,7 @@ use pocketglm_graph::{Dim, GraphBuilder, Result, Value};
 use pocketglm_tensor::{Affine, Block, DType};
 
 use super::comparison::Bound;
-use super::comparison::bounds::{F32, HALF_SCALES, INT8_ACTIVATIONS, wider};
+use super::comparison::bounds::{F32, HALF_SCALES, HALF_SCALES_SWIGLU, INT8_ACTIVATIONS, wider};
 use super::draft::{About, Draft, Fill};
 use super::{Case, Feature};
 
@@ -169,6 +169,7 @@ fn norms(list: &mut Vec<Case>) -> Result<()> {
                 })?);
             }
             let extra = " behind a sum and two norms, gate and up";
+            let bound = if bound == HALF_SCALES { HALF_SCALES_SWIGLU } else { bound };
             let about = About::new("norm_linear", form(dtype, [m, n, k], extra), bound);
             list.push(about.fused(&["norm_add", "norm_linear_swiglu"]).build(|d, g| {
                 let x = d.x(g, "x", &[m, k])?;
