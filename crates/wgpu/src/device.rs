@@ -358,12 +358,14 @@ impl Device {
         let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: Some(PATIENCE) };
         match self.device.poll(wait) {
             Ok(_) => self.check(),
+            Err(wgpu::PollError::Timeout) => {
+                self.check()?;
+                Err(self.error(DeviceFault::Timeout, format!("no answer within {} s", PATIENCE.as_secs())))
+            }
+            // A device that is gone takes no submissions, so there is nothing to wait for.
             Err(error) => {
                 self.check()?;
-                Err(self.error(
-                    DeviceFault::Timeout,
-                    format!("no answer within {} s: {error}", PATIENCE.as_secs()),
-                ))
+                Err(self.error(DeviceFault::Lost, format!("the device takes no work: {error}")))
             }
         }
     }
