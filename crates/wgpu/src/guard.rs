@@ -8,14 +8,18 @@ use pocketglm_graph::{DeviceFault, Graph, Result, Value};
 use crate::device::{Buffer, Device};
 use crate::plan::{Places, is_written};
 
-/// A NaN that no computation gives, so that an element that was not computed shows in the results too.
-pub(crate) const SENTINEL: u32 = 0x7fc5_a5a5;
+/// The pattern: large numbers, each another one, so that neither what was not computed nor what was copied from beside an
+/// operand looks right. No NaN, because products with one may be the same NaN.
+fn sentinel(at: usize) -> u32 {
+    0x7e00_0000 | (at as u32).wrapping_mul(2_654_435_761) >> 9
+}
+
 /// Elements behind the arena that are watched as well.
 pub(crate) const BEHIND: usize = 1024;
 
 /// Fills an arena with the pattern.
 pub(crate) fn fill(device: &Device, arena: &Buffer) -> Result<()> {
-    let words = vec![SENTINEL; (arena.bytes / 4) as usize];
+    let words: Vec<u32> = (0..(arena.bytes / 4) as usize).map(sentinel).collect();
     device.write(arena, 0, bytemuck::cast_slice(&words))
 }
 
@@ -70,8 +74,8 @@ fn overwritten(words: &[u32], owned: &[Range<usize>]) -> Option<usize> {
     let mut from = 0;
     for range in owned.iter().cloned().chain(std::iter::once(words.len()..words.len())) {
         let gap = from..range.start.min(words.len()).max(from);
-        if let Some(at) = words[gap.clone()].iter().position(|&w| w != SENTINEL) {
-            return Some(gap.start + at);
+        if let Some(at) = gap.into_iter().find(|&at| words[at] != sentinel(at)) {
+            return Some(at);
         }
         from = range.end.min(words.len()).max(from);
     }
@@ -85,14 +89,14 @@ mod tests {
     #[test]
     fn one_overwritten_sentinel_is_found_wherever_it_is() {
         let owned = [0..3, 8..10, 10..12];
-        let mut words = vec![SENTINEL; 20];
+        let mut words: Vec<u32> = (0..20).map(sentinel).collect();
         for i in [0, 2, 8, 11] {
             words[i] = 1;
         }
         assert_eq!(overwritten(&words, &owned), None);
         for at in [3, 7, 12, 19] {
             let mut words = words.clone();
-            words[at] = SENTINEL ^ 1;
+            words[at] ^= 1;
             assert_eq!(overwritten(&words, &owned), Some(at));
         }
     }

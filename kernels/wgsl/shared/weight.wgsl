@@ -15,7 +15,8 @@ fn weight_at(row: u32, k: u32) -> f32 {
   let word = wq[row * p.w_kb * 16u + k / 2u];
 //#if W_F16
   return unpack2x16float(word >> (16u * (k & 1u))).x;
-//#else
+//#endif
+//#if W_BF16
   return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (k & 1u) == 1u));
 //#endif
 }

@@ -5,7 +5,7 @@ use pocketglm_graph::{Bindings, Dim, GraphBuilder, Result, Value};
 use pocketglm_tensor::{Block, DType, KvFormat};
 
 use super::comparison::Bound;
-use super::comparison::bounds::{F32, INT8_ACTIVATIONS, KV_F16, KV_INT8, wider};
+use super::comparison::bounds::{F32, INT8_ATTENTION, KV_F16, KV_INT8, wider};
 use super::draft::{About, Draft, Fill};
 use super::{Case, Values};
 
@@ -163,7 +163,7 @@ fn heads(list: &mut Vec<Case>) -> Result<()> {
             let c = 64;
             let rounds = t == 1 && b.types.iter().any(|t| t.is_quantised());
             let form = format!("{t} rows, {}", b.name());
-            let about = About::new("norm_qkv_rope", form, if rounds { INT8_ACTIVATIONS } else { F32 });
+            let about = About::new("norm_qkv_rope", form, if rounds { INT8_ATTENTION } else { F32 });
             list.push(about.fused(&["norm_qkv_rope", "attention"]).build(|draft, g| {
                 let x = draft.x(g, "x", &[t, c])?;
                 let x = draft.rms(g, "n", x, c)?;
@@ -212,7 +212,7 @@ fn caches(list: &mut Vec<Case>) -> Result<()> {
             let b = AttentionBlock { heads, kv_heads, d, r, layout, types, bias, joined };
             let c = 64;
             let rounds = types.iter().any(|t| t.is_quantised());
-            let bound = wider(cache_bound(kv), if rounds { INT8_ACTIVATIONS } else { F32 });
+            let bound = wider(cache_bound(kv), if rounds { INT8_ATTENTION } else { F32 });
             let form = format!("cache in {kv}, {}", b.name());
             let about = About::new("norm_qkv_rope_append", form, bound).kv(kv);
             let (t, past) = (Dim::symbol("T"), Dim::symbol("P"));

@@ -64,7 +64,7 @@ impl Fill {
                     Fill::Negative => -u.abs() - 0.1,
                     Fill::Positive => u.abs() + 0.1,
                     Fill::Zero => 0.0,
-                    Fill::Codes if i % 32 == 5 => 127.0,
+                    Fill::Codes if i % 32 == 0 => 127.0,
                     Fill::Codes => (u * 127.0).round(),
                 }
             })

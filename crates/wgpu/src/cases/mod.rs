@@ -192,7 +192,7 @@ pub fn support_table(cases: &[Case]) -> String {
     }
     text.push_str("\n| Bound | Relative L2 distance | Why it is not smaller |\n| --- | --: | --- |\n");
     for b in bounds::ALL {
-        let most = if b.most == 0.0 { "0".into() } else { format!("{:.0e}", b.most) };
+        let most = if b.most == 0.0 { "0".into() } else { format!("{:e}", b.most) };
         text.push_str(&format!("| {} | {most} | {} |\n", b.name, b.reason));
     }
     let formats: Vec<&str> = products::formats().map(|d| d.name()).collect();

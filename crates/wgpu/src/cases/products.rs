@@ -5,7 +5,7 @@ use pocketglm_graph::{Dim, GraphBuilder, Result, Value};
 use pocketglm_tensor::{Affine, Block, DType};
 
 use super::comparison::Bound;
-use super::comparison::bounds::{F32, HALF_SCALES, INT8_ACTIVATIONS, wider};
+use super::comparison::bounds::{F32, HALF_SCALES, HALF_SCALES_SWIGLU, INT8_ACTIVATIONS, wider};
 use super::draft::{About, Draft, Fill};
 use super::{Case, Feature};
 
@@ -169,6 +169,7 @@ fn norms(list: &mut Vec<Case>) -> Result<()> {
                 })?);
             }
             let extra = " behind a sum and two norms, gate and up";
+            let bound = if bound == HALF_SCALES { HALF_SCALES_SWIGLU } else { bound };
             let about = About::new("norm_linear", form(dtype, [m, n, k], extra), bound);
             list.push(about.fused(&["norm_add", "norm_linear_swiglu"]).build(|d, g| {
                 let x = d.x(g, "x", &[m, k])?;
@@ -212,7 +213,7 @@ fn large(list: &mut Vec<Case>) -> Result<()> {
         (DType::F32, 301, 256),
         (DType::F16, 601, 256),
         (DType::Block(Block::Q8_0), 1101, 256),
-        (DType::Block(Block::Q4_1), 2101, 128),
+        (DType::Block(Block::Q4_1), 4301, 128),
     ] {
         for m in [1, 3, 33] {
             let rounds = dtype.is_quantised() && m == 1;
@@ -280,8 +281,8 @@ pub(super) fn quick(list: &mut Vec<Case>) -> Result<()> {
         Ok(())
     };
     one(Feature::Plain, DType::F32, [5, 70, 68], Fill::Spread)?;
-    one(Feature::Subgroups, DType::F32, [1, 131, 512], Fill::Spread)?;
-    one(Feature::PackedDot, DType::Block(Block::Q4_0), [1, 131, 512], Fill::Codes)?;
-    one(Feature::PackedDot, DType::Block(Block::Q8_0), [1, 131, 512], Fill::Codes)?;
+    one(Feature::Subgroups, DType::F32, [1, 131, 256], Fill::Spread)?;
+    one(Feature::PackedDot, DType::Block(Block::Q4_0), [1, 131, 256], Fill::Codes)?;
+    one(Feature::PackedDot, DType::Block(Block::Q8_0), [1, 131, 256], Fill::Codes)?;
     one(Feature::Cooperative, DType::Block(Block::Q4_0), [130, 262, 96], Fill::Spread)
 }

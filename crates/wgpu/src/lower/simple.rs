@@ -437,7 +437,7 @@ impl Lowering<'_> {
         }
         let (state, y) = (self.bound(node.inputs[0])?, self.bound(self.result(0))?);
         let n = rows * layout.heads * layout.d;
-        let words = words([n.into(), layout.heads.into(), layout.d.into(), capacity.into(), y.at.into()]);
+        let words = words([n.into(), layout.heads.into(), layout.d.into(), y.at.into()]);
         let slots = [(1, state.slot), (2, state.slot), (3, y.slot)];
         self.element_wise(Variant::new("kv_read.wgsl").flag(layout.flag()), &slots, words, n)
     }
