@@ -17,7 +17,7 @@ mod conversation;
 mod generation;
 #[cfg(test)]
 mod gguf;
-#[cfg(all(test, feature = "wgpu"))]
+#[cfg(test)]
 mod gpu;
 #[cfg(test)]
 mod gpu_hybrid;

@@ -243,7 +243,7 @@ impl ModelArgs {
         match (opened, self.memory) {
             (Err(Error::Budget { .. }), Some(budget)) => {
                 let (_, plan) = Engine::inspect(&self.model, &self.options(&Bars::new(true))?, None)?;
-                Err(Failure::Budget { plan, budget, shown: false })
+                Err(Failure::Budget { plan: Box::new(plan), budget, shown: false })
             }
             (opened, _) => Ok(opened?),
         }

@@ -19,7 +19,7 @@ pub enum Failure {
     #[error("the plan needs {}, --memory allows {}", bytes(plan.total()), bytes(*budget))]
     Budget {
         /// The plan, printed as a table before the error.
-        plan: MemoryPlan,
+        plan: Box<MemoryPlan>,
         /// Bytes allowed.
         budget: u64,
         /// Whether the table has been printed already.
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn a_refused_plan_names_both_figures() {
         let plan = MemoryPlan { parts: vec![], context: 0, patches: 0, placement: None };
-        let text = Failure::Budget { plan, budget: 2048, shown: true }.to_string();
+        let text = Failure::Budget { plan: Box::new(plan), budget: 2048, shown: true }.to_string();
         assert_eq!(text, "the plan needs 0 bytes, --memory allows 2.00 KiB (2,048 bytes)");
     }
 }

@@ -179,7 +179,7 @@ pub fn begin<'s>(
     match (session.generate(prompt, options), memory) {
         (Err(Error::Budget { .. }), Some(budget)) => {
             let plan = engine.plan(prompt, options.max_new_tokens)?;
-            Err(Failure::Budget { plan, budget, shown: false })
+            Err(Failure::Budget { plan: Box::new(plan), budget, shown: false })
         }
         (begun, _) => Ok(begun?),
     }

@@ -68,7 +68,7 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
         }
     }
     if let Some(budget) = refused {
-        return Err(Failure::Budget { plan, budget, shown: true });
+        return Err(Failure::Budget { plan: Box::new(plan), budget, shown: true });
     }
     if !args.json && opened.is_none() {
         out.line(&format!("{:LABEL$}{}", "device", device()?))?;
@@ -95,7 +95,7 @@ fn hears(args: &InfoArgs) -> Result<ExitCode, Failure> {
         false => out.line(&speech(&info, &plan))?,
     }
     match refused {
-        Some(budget) => Err(Failure::Budget { plan, budget, shown: true }),
+        Some(budget) => Err(Failure::Budget { plan: Box::new(plan), budget, shown: true }),
         None => Ok(ExitCode::SUCCESS),
     }
 }
