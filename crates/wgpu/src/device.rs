@@ -255,7 +255,17 @@ impl Device {
     pub fn check(&self) -> Result<()> {
         match self.faults.take() {
             None => Ok(()),
-            Some((fault, what)) => Err(self.error(fault, what)),
+            Some((fault, what)) => Err(self.failed(fault, what)),
+        }
+    }
+
+    /// The error of something that failed: the device's loss, where that is why.
+    pub fn failed(&self, fault: DeviceFault, what: impl Into<String>) -> Error {
+        // A loss is only told to who asks.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        match self.faults.take() {
+            Some((DeviceFault::Lost, why)) => self.error(DeviceFault::Lost, why),
+            _ => self.error(fault, what),
         }
     }
 
@@ -296,8 +306,7 @@ impl Device {
             ));
         }
         if let Some(error) = invalid {
-            self.check()?;
-            return Err(self.error(DeviceFault::Driver, format!("{what}: {error}")));
+            return Err(self.failed(DeviceFault::Driver, format!("{what}: {error}")));
         }
         self.allocated.fetch_add(size, Ordering::Relaxed);
         Ok(Buffer { raw, bytes: size, allocated: self.allocated.clone() })
