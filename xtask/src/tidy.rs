@@ -14,7 +14,10 @@ const UNSAFE_ALLOWED: &[(&str, &str)] = &[
     ("crates/tensor/src/pool.rs", "a borrowed closure is handed to threads that outlive it"),
     ("crates/checkpoint/src/mapped.rs", "a file mapping has no safe interface"),
     ("crates/tensor/src/peak.rs", "the loop of byte products, whose operands are loaded through pointers"),
-    ("crates/wgpu/src/pipelines.rs", "kernels without the checks that wgpu would add, and experimental features"),
+    (
+        "crates/wgpu/src/pipelines.rs",
+        "kernels without the checks that wgpu would add, and experimental features",
+    ),
     ("bench/peers/", "a C library's interface, in a workspace of its own"),
     (
         "crates/checkpoint/tests/hostile_models.rs",

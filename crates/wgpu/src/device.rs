@@ -277,6 +277,16 @@ impl Device {
         }
     }
 
+    /// The error of something that failed: the device's loss, where that is why.
+    pub fn failed(&self, fault: DeviceFault, what: impl Into<String>) -> Error {
+        // A loss is only told to who asks.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        match self.faults.take() {
+            Some((DeviceFault::Lost, why)) => self.error(DeviceFault::Lost, why),
+            _ => self.error(fault, what),
+        }
+    }
+
     /// Most bytes of one binding, in whole words.
     pub fn binding_limit(&self) -> u64 {
         self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size) / 256 * 256
@@ -314,8 +324,7 @@ impl Device {
             ));
         }
         if let Some(error) = invalid {
-            self.hear_of_loss()?;
-            return Err(self.error(DeviceFault::Driver, format!("{what}: {error}")));
+            return Err(self.failed(DeviceFault::Driver, format!("{what}: {error}")));
         }
         self.allocated.fetch_add(size, Ordering::Relaxed);
         Ok(Buffer { raw, bytes: size, allocated: self.allocated.clone() })

@@ -132,7 +132,7 @@ impl Pipelines {
 }
 
 fn refused(device: &Device, name: &str, error: &wgpu::Error) -> Error {
-    device.error(DeviceFault::Driver, format!("kernel `{name}` was refused: {error}"))
+    device.failed(DeviceFault::Driver, format!("kernel `{name}` was refused: {error}"))
 }
 
 fn entry(binding: &Binding) -> wgpu::BindGroupLayoutEntry {

@@ -211,7 +211,7 @@ fn caches(list: &mut Vec<Case>) -> Result<()> {
             }
             let b = AttentionBlock { heads, kv_heads, d, r, layout, types, bias, joined };
             let c = 64;
-            let rounds = types.iter().any(|t| t.is_quantised());
+            let rounds = kv == KvFormat::Int8 || types.iter().any(|t| t.is_quantised());
             let bound = wider(cache_bound(kv), if rounds { INT8_ATTENTION } else { F32 });
             let form = format!("cache in {kv}, {}", b.name());
             let about = About::new("norm_qkv_rope_append", form, bound).kv(kv);

@@ -83,8 +83,13 @@ impl Lowering<'_> {
 
     /// The kernel that takes any size.
     fn plain_attention(&mut self, a: &Attention, c: &Call) -> Result<()> {
-        let flag = c.keys.layout.map_or("KV_ROWS", |l| l.flag());
-        let mut variant = Variant::new("attention_plain.wgsl").flag(flag);
+        let mut variant = Variant::new("attention_plain.wgsl");
+        match c.keys.layout {
+            None => variant = variant.flag("KV_ROWS"),
+            // The kernel takes words as f32 where nothing else is said.
+            Some(layout) if layout.format == KvFormat::F32 => {}
+            Some(layout) => variant = variant.flag(layout.flag()),
+        }
         let mut slots = vec![(1, c.q.slot), (2, c.keys.slot), (3, c.values.slot), (5, c.y.slot)];
         let (mut bounds, mut segments) = (0, 0);
         if let Some((bound, count)) = c.mask.segments {

@@ -16,8 +16,8 @@ fn run_all(options: &GpuOptions, fuse: bool) -> Option<(usize, Vec<String>)> {
             }
         };
         match case.run(&backend, fuse) {
-            // Rows that are too long for any 64 of them are refused, see the tests of faults.
-            Err(e) if options.binding_limit.is_some() && e.to_string().contains("do not fit a binding") => {
+            // Values, and 64 rows of a matrix, that no binding holds are refused, see the tests of faults.
+            Err(e) if options.binding_limit.is_some() && e.to_string().contains("fit a binding") => {
                 refused += 1;
             }
             Err(e) => wrong.push(format!("{}: {e}", case.name())),
@@ -27,7 +27,7 @@ fn run_all(options: &GpuOptions, fuse: bool) -> Option<(usize, Vec<String>)> {
             },
         }
     }
-    assert!(refused <= 10, "{refused} cases were refused");
+    assert!(refused <= 16, "{refused} cases were refused");
     Some((compared, wrong))
 }
 
