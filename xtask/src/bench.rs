@@ -4,6 +4,7 @@
 //! medians of the rounds and their ratio are what `bench/RESULTS.md` gets. Nobody edits that file.
 
 mod audio;
+mod gpu;
 mod kernels;
 mod measure;
 mod models;
@@ -83,6 +84,8 @@ enum Section {
     Quality,
     /// A speech encoder, in f32 and int8, against ONNX Runtime where there is a Python with it.
     Audio,
+    /// What `bench/gpu.sh` measured on machines with a GPU.
+    Gpu,
 }
 
 fn size(text: &str) -> Result<(u32, u32), String> {
@@ -126,6 +129,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let python = arguments.python.as_deref();
         let text = audio::section(&cpu, &program, rounds, python, arguments.seconds.max(1))?;
         report.put(TITLES[4], conditions + &text)?;
+    }
+    if wanted(Section::Gpu) && !arguments.quick {
+        report.put(TITLES[5], gpu::section()?)?;
     }
     match report.path() {
         Some(path) => repo::print(&format!("written to {}\n", path.display())),

@@ -219,20 +219,14 @@ impl ModelArgs {
         match self.backend {
             Backend::Cpu => Ok(None),
             #[cfg(feature = "wgpu")]
-            Backend::Wgpu => {
-                let options = pocketglm::gpu::GpuOptions {
-                    adapter: self.gpu.clone(),
-                    ..pocketglm::gpu::GpuOptions::default()
-                };
-                match pocketglm::gpu::Gpu::open(&options) {
-                    Ok(gpu) => Ok(Some(Opened { backend: gpu.backend(), facts: gpu_facts(gpu.info()) })),
-                    Err(error) if self.gpu_fallback == Fallback::Cpu => {
-                        complain(&format!("note: the processor runs the model: {error}"));
-                        Ok(None)
-                    }
-                    Err(error) => Err(error.into()),
+            Backend::Wgpu => match open_gpu(self.gpu.as_deref()) {
+                Ok(gpu) => Ok(Some(Opened { backend: gpu.backend(), facts: gpu_facts(gpu.info()) })),
+                Err(error) if self.gpu_fallback == Fallback::Cpu => {
+                    complain(&format!("note: the processor runs the model: {error}"));
+                    Ok(None)
                 }
-            }
+                Err(error) => Err(error.into()),
+            },
         }
     }
 
@@ -267,6 +261,16 @@ pub fn gpu_facts(info: &pocketglm::gpu::GpuInfo) -> Vec<(&'static str, String)> 
         ("  features", features),
         ("  limits", limits),
     ]
+}
+
+/// The GPU that a name asks for, or the most capable one.
+#[cfg(feature = "wgpu")]
+pub fn open_gpu(name: Option<&str>) -> pocketglm::Result<pocketglm::gpu::Gpu> {
+    let adapter = name.map(str::to_owned);
+    pocketglm::gpu::Gpu::open(&pocketglm::gpu::GpuOptions {
+        adapter,
+        ..pocketglm::gpu::GpuOptions::default()
+    })
 }
 
 /// How a model runs where it only reads prompts.

@@ -10,7 +10,9 @@ use pocketglm::{
 };
 use serde_json::json;
 
-use crate::args::{AudioWeights, byte_size};
+#[cfg(feature = "wgpu")]
+use crate::args::open_gpu;
+use crate::args::{AudioWeights, Backend, byte_size};
 use crate::failure::Failure;
 use crate::interrupt::{INTERRUPTED, Interrupt};
 use crate::output::{Out, complain};
@@ -50,6 +52,13 @@ pub struct TranscribeArgs {
     /// Longest recording that is taken, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 24 * 3600)]
     max_seconds: u64,
+    /// What runs the model.
+    #[arg(long, value_enum, default_value_t = Backend::Cpu)]
+    backend: Backend,
+    /// The GPU to take: part of its name; software adapters are only taken by name.
+    #[cfg(feature = "wgpu")]
+    #[arg(long, value_name = "NAME")]
+    gpu: Option<String>,
     /// Threads; 0 takes as many as the system offers.
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -78,7 +87,13 @@ enum Form {
 pub fn run(args: &TranscribeArgs) -> Result<ExitCode, Failure> {
     let bars = Bars::new(args.quiet);
     let interrupt = Interrupt::install(&bars)?;
+    let backend = match args.backend {
+        Backend::Cpu => None,
+        #[cfg(feature = "wgpu")]
+        Backend::Wgpu => Some(open_gpu(args.gpu.as_deref())?.backend()),
+    };
     let options = EngineOptions {
+        backend,
         threads: args.threads,
         memory: args.memory,
         audio_precision: args.weights.into(),
