@@ -49,6 +49,11 @@ pub enum Parity {
 /// Runs the comparison. Without an adapter it says so, and that this is no pass.
 pub fn run(arguments: &Arguments) -> Result<()> {
     match compare(arguments)? {
+        Parity::Compared(0) => Err(Error::Content {
+            place: "parity".into(),
+            wanted: "something to compare".into(),
+            found: "nothing".into(),
+        }),
         Parity::Compared(_) => Ok(()),
         Parity::Skipped(why) => Err(Error::Content {
             place: "parity".into(),
