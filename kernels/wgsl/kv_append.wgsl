@@ -29,11 +29,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
 //#if KV_I8
   var own = 0.0;
   for (var i = lane; i < p.d; i += WG) { own = max(own, abs(x[source + i])); }
-  let scale = max_all(own, lane) / 127.0;
-  let inverse = select(0.0, 1.0 / scale, scale > 0.0);
+  // Rounded up to bfloat16, as the processor stores it, so that both give the same codes.
+  let scale = bitcast<f32>((bitcast<u32>(max_all(own, lane) / 127.0) + 0xffffu) & 0xffff0000u);
+  let by = select(1.0, scale, scale > 0.0);
   for (var i = lane; i < p.d / 4u; i += WG) {
     let v = vec4<f32>(x[source + 4u * i], x[source + 4u * i + 1u], x[source + 4u * i + 2u], x[source + 4u * i + 3u]);
-    let q = vec4<u32>(vec4<i32>(clamp(round(v * inverse), vec4<f32>(-127.0), vec4<f32>(127.0)))) & vec4<u32>(255u);
+    let q = vec4<u32>(vec4<i32>(clamp(round(v / by), vec4<f32>(-127.0), vec4<f32>(127.0)))) & vec4<u32>(255u);
     state[row * (p.d / 4u + 1u) + 1u + i] = q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
   }
   if lane == 0u { state[row * (p.d / 4u + 1u)] = bitcast<u32>(scale); }

@@ -145,7 +145,7 @@ impl Graph {
     }
 
     /// Names every value that a run computes as a result, `{node} {op} {scope}`: for comparing backends op by op. States are
-    /// left out.
+    /// left out, and so are rows whose keys and values may have gone to states alone.
     pub fn name_every_value(&mut self) {
         for (i, node) in self.nodes.iter().enumerate() {
             if node.load_time || node.op.is_source() || node.op.is_view() {

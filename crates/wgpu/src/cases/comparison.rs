@@ -43,7 +43,7 @@ pub mod bounds {
     pub const KV_INT8: Bound = Bound {
         name: "int8 cache",
         most: 1.5e-2,
-        reason: "scales of a head are f32 here and bf16 rounded up on the processor: two roundings to 127 steps",
+        reason: "a last bit of a key or value may round a byte of it the other way: one of 127 steps",
     };
     /// Scores of queries and keys that both come from such products.
     pub const INT8_ATTENTION: Bound = Bound {
