@@ -142,13 +142,14 @@ impl Lowering<'_> {
             (bounds, segments) = (count, bound.at);
         }
         // Partial results, then their maxima and sums, in the node's working memory.
+        let most = if variant.file() == "attention_decode_coop.wgsl" { MOST_SPLITS } else { USUAL_SPLITS };
         let partial = self.places.scratch(self.node);
-        let sums = partial + (a.heads * MOST_SPLITS * a.head_dim).next_multiple_of(crate::plan::ALIGN);
+        let sums = partial + (a.heads * most * a.head_dim).next_multiple_of(crate::plan::ALIGN);
         let (mut o, mut o_off) = (c.y, c.y.at / 4);
         if split {
-            o = self.arena(partial, a.heads * MOST_SPLITS * a.head_dim)?;
+            o = self.arena(partial, a.heads * most * a.head_dim)?;
             o_off = o.at / 4;
-            let sums = self.arena(sums, a.heads * MOST_SPLITS * 2)?;
+            let sums = self.arena(sums, a.heads * most * 2)?;
             slots.push((5, sums.slot));
         }
         slots.push((4, o.slot));
@@ -188,7 +189,7 @@ impl Lowering<'_> {
         let lanes = (256 / four).clamp(1, 8);
         let variant =
             Variant::new("attention_combine.wgsl").value("D4", four as u32).value("SL", lanes as u32);
-        let sums = self.arena(sums, a.heads * MOST_SPLITS * 2)?;
+        let sums = self.arena(sums, a.heads * most * 2)?;
         let words = vec![parts, o_off.into(), (c.y.at / 4).into(), Word::U(0)];
         self.dispatch(variant, &[(1, o.slot), (2, sums.slot), (3, c.y.slot)], words, a.heads)
     }
