@@ -4,7 +4,10 @@
 use std::sync::Arc;
 
 use pocketglm::gpu::{self, GpuOptions};
-use pocketglm::{Backend, Engine, EngineOptions, KvFormat, Message, Part, Picture, PreparedPrompt, Request};
+use pocketglm::{
+    Backend, Engine, EngineOptions, KvFormat, Message, Part, Picture, PreparedPrompt, Recogniser, Request,
+    Sound,
+};
 
 use crate::golden::{CHECKPOINTS, cases, path, relative_l2};
 use crate::support::{Random, answer, exactly, options};
@@ -146,4 +149,27 @@ fn a_budget_that_is_too_small_is_refused_before_weights_are_read() {
     let options = EngineOptions { backend: Some(backend), memory: Some(1 << 10), ..options() };
     let error = Engine::open(path("default"), options).err().unwrap().to_string();
     assert!(error.contains("bytes"), "{error}");
+}
+
+#[test]
+fn speech_checkpoints_of_both_families_give_the_processor_s_text_and_hidden_states() {
+    let Some(backend) = open(GpuOptions::default()) else { return };
+    let mut random = Random::new(5);
+    let samples: Vec<f32> = (0..20_000).map(|_| random.below(2001) as f32 / 1000.0 - 1.0).collect();
+    let sound = Sound::frames(&samples, 1, 16_000).unwrap();
+    for name in ["base", "base-odd-kernel", "large", "large-old-names"] {
+        let open = |backend: Option<&Arc<dyn Backend>>| {
+            let options = EngineOptions { backend: backend.cloned(), threads: 2, ..EngineOptions::default() };
+            Recogniser::open(path(&format!("hear/{name}")), options).unwrap()
+        };
+        let (cpu, gpu) = (open(None), open(Some(&backend)));
+        let text = |r: &Recogniser| r.transcribe(&sound, 1).unwrap().text;
+        assert_eq!(text(&gpu), text(&cpu), "{name}");
+        let (wanted, found) = (cpu.trace(&sound).unwrap(), gpu.trace(&sound).unwrap());
+        for tensor in ["hidden_states.0", "last_hidden_state", "logits"] {
+            let values = |t: &pocketglm::Trace| t.get(tensor).unwrap().to_f32().unwrap().into_owned();
+            let distance = relative_l2(&values(&found), &values(&wanted));
+            assert!(distance <= 1e-5, "{name}: {tensor} {distance:.1e}");
+        }
+    }
 }
