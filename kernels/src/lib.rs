@@ -34,7 +34,6 @@ pub const FILES: &[(&str, &str)] = &[
     ("gather_rows.wgsl", include_str!("../wgsl/gather_rows.wgsl")),
     ("gemm.wgsl", include_str!("../wgsl/gemm.wgsl")),
     ("gemm_coop.wgsl", include_str!("../wgsl/gemm_coop.wgsl")),
-    ("gemm_coop_256x128.wgsl", include_str!("../wgsl/gemm_coop_256x128.wgsl")),
     ("gemm_coop_db.wgsl", include_str!("../wgsl/gemm_coop_db.wgsl")),
     ("gemm_coop_m64.wgsl", include_str!("../wgsl/gemm_coop_m64.wgsl")),
     ("instance_norm.wgsl", include_str!("../wgsl/instance_norm.wgsl")),

@@ -1,5 +1,5 @@
 // y[m,n] = epilogue(f * sum_k f16(x[m,k]) * f16(w[n,k])) on cooperative matrices 16x16x16, f32 accumulators.
-// A workgroup owns a BM x BN tile (128 x 128), a subgroup of 32 a 64 x 32 piece; K in steps of 32, the next step's global
+// A workgroup owns a BM x BN tile (128 x 128; 256 x 128 with WG 512 and SLOTS 2), a subgroup of 32 a 64 x 32 piece; K in steps of 32, the next step's global
 // loads are in flight during the products. Weights become f16 on their way to workgroup memory.
 // Departs from the twin: x and w rounded to f16 (relative 5e-4 each), f32 sums of 16 in the unit's order.
 // SWIGLU: of 32 columns of W's tile 16 are gate rows and 16 the up rows of the same columns of y.

@@ -39,8 +39,7 @@ impl Places {
             scratch(node, inputs, outputs).saturating_add(if halves { half_rows(node, inputs) } else { 0 })
         })?;
         let (mut written, mut at) = (HashMap::new(), 0usize);
-        for (i, node) in graph.nodes().iter().enumerate().filter(|(_, n)| is_written(&n.op) && !n.load_time) {
-            let _ = node;
+        for (i, _) in graph.nodes().iter().enumerate().filter(|(_, n)| is_written(&n.op) && !n.load_time) {
             written.insert(i, at);
             let elements: usize = plan.shape(Value::of(i, 0)).iter().product();
             at = at.saturating_add(padded(elements).max(ALIGN));

@@ -208,7 +208,7 @@ impl WgpuProgram {
                             input.meta.dtype
                         )));
                     }
-                    self.check_indices(node, i, inputs.get(&input.name)?, bindings)?;
+                    self.check_indices(i, inputs.get(&input.name)?, bindings)?;
                     if !bytes.is_empty() {
                         queue.write_buffer(&arena.raw, at, bytes);
                     }
@@ -240,13 +240,7 @@ impl WgpuProgram {
     }
 
     /// Indices outside of what they name are refused here, as the processor's kernels refuse them: kernels do not check.
-    fn check_indices(
-        &self,
-        _node: &pocketglm_graph::Node,
-        input: usize,
-        data: InputData<'_>,
-        bindings: &Bindings,
-    ) -> Result<()> {
+    fn check_indices(&self, input: usize, data: InputData<'_>, bindings: &Bindings) -> Result<()> {
         let InputData::I32(values) = data else { return Ok(()) };
         for user in self.graph.nodes() {
             let limit = match &user.op {

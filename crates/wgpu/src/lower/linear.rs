@@ -330,8 +330,8 @@ impl Lowering<'_> {
         let swiglu = p.activation == Activation::SwiGlu;
         let cooperative = self.is_cooperative(p.m, matrix);
         let (variant, tile) = if cooperative {
-            let (file, tile) = self.cooperative_tile(p.m, part.rows);
-            (form.define_cooperative(Variant::new(file)), tile)
+            let (variant, tile) = self.cooperative_tile(p.m, part.rows);
+            (form.define_cooperative(variant), tile)
         } else {
             (form.define_zero(Variant::new("gemm.wgsl")), [64, 64])
         };
@@ -390,15 +390,16 @@ impl Lowering<'_> {
 
     /// The kernel and its tile for `m` rows of x and `n` of a matrix. Larger tiles read less, smaller ones keep more of
     /// the device busy; the choice follows measurements on 132 multiprocessors with 48 KiB of workgroup memory.
-    fn cooperative_tile(&self, m: usize, n: usize) -> (&'static str, [usize; 2]) {
+    fn cooperative_tile(&self, m: usize, n: usize) -> (Variant, [usize; 2]) {
         let limit = self.device.limits.max_compute_workgroup_storage_size;
         let small = m.div_ceil(128) * n.div_ceil(128);
         match () {
-            () if m <= 64 || limit < 32 << 10 => ("gemm_coop_m64.wgsl", [64, 128]),
-            () if limit < 46 << 10 => ("gemm_coop.wgsl", [128, 128]),
-            () if small <= 132 => ("gemm_coop_db.wgsl", [128, 128]),
-            () if m >= 256 => ("gemm_coop_256x128.wgsl", [256, 128]),
-            () => ("gemm_coop_db.wgsl", [128, 128]),
+            () if m <= 64 || limit < 32 << 10 => (Variant::new("gemm_coop_m64.wgsl"), [64, 128]),
+            () if limit < 46 << 10 => (Variant::new("gemm_coop.wgsl"), [128, 128]),
+            () if m >= 256 && small > 132 => {
+                (Variant::new("gemm_coop.wgsl").value("WG", 512).value("SLOTS", 2), [256, 128])
+            }
+            () => (Variant::new("gemm_coop_db.wgsl"), [128, 128]),
         }
     }
 
