@@ -4,6 +4,7 @@
 //! medians of the rounds and their ratio are what `bench/RESULTS.md` gets. Nobody edits that file.
 
 mod audio;
+mod files;
 mod gpu;
 mod kernels;
 mod measure;
@@ -71,13 +72,15 @@ pub struct Arguments {
     deep: usize,
 }
 
-/// A section of the report.
+/// A section of the report, in the order of [`TITLES`].
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum Section {
     /// Single kernels against the machine's limits.
     Kernels,
     /// Synthetic models against the machine's limits.
     Models,
+    /// Quantising beside moving the bytes, and the start of a `.pglm`.
+    Files,
     /// Models against llama.cpp on the same files.
     Peer,
     /// Our quantised files beside those of llama.cpp's quantiser, and the vision encoder by format.
@@ -86,6 +89,13 @@ enum Section {
     Audio,
     /// What `bench/gpu.sh` measured on machines with a GPU.
     Gpu,
+}
+
+impl Section {
+    /// What stands above it in the report.
+    fn title(self) -> &'static str {
+        TITLES[self as usize]
+    }
 }
 
 fn size(text: &str) -> Result<(u32, u32), String> {
@@ -106,32 +116,40 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let wanted = |section| arguments.only.is_empty() || arguments.only.contains(&section);
     if wanted(Section::Kernels) {
         let conditions = conditions(&cpu, rounds);
-        report.put(TITLES[0], conditions + &kernels::section(&cpu, rounds, arguments.quick)?)?;
+        report
+            .put(Section::Kernels.title(), conditions + &kernels::section(&cpu, rounds, arguments.quick)?)?;
     }
     if wanted(Section::Models) {
         let conditions = conditions(&cpu, rounds);
-        report.put(TITLES[1], conditions + &models::section(&cpu, rounds, arguments)?)?;
+        report.put(Section::Models.title(), conditions + &models::section(&cpu, rounds, arguments)?)?;
+    }
+    if wanted(Section::Files) {
+        let conditions = conditions(&cpu, rounds);
+        report.put(Section::Files.title(), conditions + &files::section(&cpu, rounds, arguments)?)?;
     }
     if wanted(Section::Peer) && arguments.peer.is_some() {
         let program = models::build_program()?;
         let conditions = conditions(&cpu, rounds);
         peer::run(&cpu, &program, arguments, &mut |intro, heading, text| {
-            report.put_part(TITLES[2], intro, heading, &format!("{conditions}{text}"))
+            report.put_part(Section::Peer.title(), intro, heading, &format!("{conditions}{text}"))
         })?;
     }
     if wanted(Section::Quality) && !arguments.quick {
         let conditions = conditions(&cpu, 1);
-        report.put(TITLES[3], conditions + &quality::section(arguments.peer.as_deref(), false)?)?;
+        report.put(
+            Section::Quality.title(),
+            conditions + &quality::section(arguments.peer.as_deref(), false)?,
+        )?;
     }
     if wanted(Section::Audio) && !arguments.quick {
         let program = models::build_program()?;
         let conditions = conditions(&cpu, rounds);
         let python = arguments.python.as_deref();
         let text = audio::section(&cpu, &program, rounds, python, arguments.seconds.max(1))?;
-        report.put(TITLES[4], conditions + &text)?;
+        report.put(Section::Audio.title(), conditions + &text)?;
     }
     if wanted(Section::Gpu) && !arguments.quick {
-        report.put(TITLES[5], gpu::section()?)?;
+        report.put(Section::Gpu.title(), gpu::section()?)?;
     }
     match report.path() {
         Some(path) => repo::print(&format!("written to {}\n", path.display())),

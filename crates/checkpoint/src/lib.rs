@@ -13,6 +13,7 @@
 
 #![deny(unsafe_code)]
 
+mod behind;
 mod check;
 mod checkpoint;
 mod error;

@@ -13,8 +13,8 @@
 //! * `pglm.policy`, `pglm.calibration`: how the model was quantised, where that is known;
 //! * `pglm.header`: the SHA-256 of the header with these 64 digits as zeros.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use pocketglm_quant::{put_together, take_apart};
@@ -23,7 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::error::{io_error, shown};
+use crate::behind::Behind;
+use crate::error::shown;
 use crate::file::{AtomicFile, join_plain, refuse_inputs};
 use crate::safetensors::{METADATA_KEY, source_error};
 use crate::{
@@ -407,14 +408,12 @@ pub struct PglmContents<'a> {
 /// writer removes it; what a killed process leaves there is replaced by the next writer of the same target. Two
 /// writers of one target at once are refused.
 pub struct PglmWriter {
-    file: AtomicFile,
+    file: Behind,
     path: PathBuf,
     parts: Vec<Part>,
     by_name: HashMap<String, usize>,
     metadata: Vec<(String, String)>,
     header_length: u64,
-    /// Where the next byte goes unless the file is moved.
-    position: u64,
     /// Packs panels; made when the first ones are.
     cpu: Option<Cpu>,
 }
@@ -457,8 +456,8 @@ struct Part {
     begin: u64,
     end: u64,
     written: u64,
-    /// The hash so far; fillers have none.
-    hash: Option<Sha256>,
+    /// Whether it fills a gap: such a part has no hash.
+    filler: bool,
     digest: String,
     layout: &'static str,
     input_range: Option<f32>,
@@ -483,26 +482,25 @@ impl PglmWriter {
         let (parts, by_name) = plan(contents).map_err(wrong)?;
         let metadata = metadata(contents).map_err(wrong)?;
         let mut this = PglmWriter {
-            file: AtomicFile::create_staged(path)?,
+            file: Behind::new(path, AtomicFile::create_staged(path)?, parts.len()),
             path: path.to_owned(),
             parts,
             by_name,
             metadata,
             header_length: 0,
-            position: 0,
             cpu: None,
         };
-        let header = this.header(NO_HASH)?;
+        let header = header(path, &this.metadata, &this.parts, NO_HASH)?;
         if header.len() as u64 > MAX_HEADER_BYTES {
             let what = format!("a header of {} bytes, expected at most {MAX_HEADER_BYTES}", header.len());
             return Err(Error::Write { path: path.to_owned(), what });
         }
         this.header_length = header.len() as u64;
-        this.put(0, &(header.len() as u64).to_le_bytes())?;
-        this.put(8, &header)?;
+        this.file.put(0, (header.len() as u64).to_le_bytes().to_vec(), None)?;
+        this.file.put(8, header, None)?;
         this.fill_gaps()?;
         for (name, content) in &contents.files {
-            this.append(&format!("{FILE_SCOPE}{name}"), content)?;
+            this.append(&format!("{FILE_SCOPE}{name}"), content.clone())?;
         }
         Ok(this)
     }
@@ -520,9 +518,9 @@ impl PglmWriter {
         match self.by_name.get(tensor).copied() {
             Some(i) if self.parts.get(i).is_some_and(|p| p.layout == PANELS) => {
                 let panels = self.pack(i, bytes)?;
-                self.append(tensor, &panels)
+                self.append(tensor, panels)
             }
-            _ => self.append(tensor, bytes),
+            _ => self.append(tensor, bytes.to_vec()),
         }
     }
 
@@ -539,23 +537,29 @@ impl PglmWriter {
         let (Some(format), Some(row_bytes)) = (PackedFormat::of(dtype), dtype.row_bytes(k)) else {
             return Err(wrong(format!("rows of {k} cannot be {dtype}")));
         };
-        part.pending.extend_from_slice(bytes);
-        let (left, given) = (rows - part.packed_rows, part.pending.len() / row_bytes.max(1));
-        if given > left || given == left && part.pending.len() > left * row_bytes {
+        // What waits is seldom more than nothing; then the bytes are not copied.
+        let bytes = if part.pending.is_empty() {
+            Cow::Borrowed(bytes)
+        } else {
+            part.pending.extend_from_slice(bytes);
+            Cow::Owned(std::mem::take(&mut part.pending))
+        };
+        let (left, given) = (rows - part.packed_rows, bytes.len() / row_bytes.max(1));
+        if given > left || given == left && bytes.len() > left * row_bytes {
             return Err(wrong(format!("it has {rows} rows of {row_bytes} bytes, more were given")));
         }
         let take = if given == left { given } else { given / PANEL_ROWS * PANEL_ROWS };
         let size = Packed::bytes_for(format, take, k).map_err(|e| wrong(e.to_string()))?;
         let mut panels = vec![0; size];
         let row = |row: usize, codes: &mut RowCodes| {
-            let stored = part.pending.get(row * row_bytes..(row + 1) * row_bytes).unwrap_or_default();
+            let stored = bytes.get(row * row_bytes..(row + 1) * row_bytes).unwrap_or_default();
             take_apart(dtype, stored, k, codes).map_err(|e| {
                 let what = format!("row {}: {e}", part.packed_rows + row);
                 pocketglm_tensor::Error::Value { op: "pack", what }
             })
         };
         Packed::pack_to(cpu, format, take, k, &row, &mut panels).map_err(|e| wrong(e.to_string()))?;
-        part.pending.drain(..take * row_bytes);
+        part.pending = bytes.get(take * row_bytes..).unwrap_or_default().to_vec();
         part.packed_rows += take;
         Ok(panels)
     }
@@ -565,7 +569,7 @@ impl PglmWriter {
     /// # Errors
     /// [`Error::Write`] where bytes of a tensor are missing: then nothing changes under the final name.
     /// [`Error::Io`].
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
         let mut short = self.parts.iter().filter(|p| p.written != p.end - p.begin);
         if let Some(part) = short.next() {
             let what = format!(
@@ -577,25 +581,25 @@ impl PglmWriter {
             );
             return Err(Error::Write { path: self.path, what });
         }
-        for part in &mut self.parts {
-            if let Some(hash) = part.hash.take() {
-                part.digest = hex(&hash.finalize());
-            }
+        let PglmWriter { file, path, mut parts, metadata, header_length, .. } = self;
+        let mut target = file.finish()?;
+        for (part, digest) in parts.iter_mut().zip(target.digests()).filter(|(p, _)| !p.filler) {
+            part.digest = hex(&digest);
         }
-        let hash = sha256(&self.header(NO_HASH)?);
-        let header = self.header(&hash)?;
-        if header.len() as u64 != self.header_length {
-            let what = format!("the header grew from {} to {} bytes", self.header_length, header.len());
-            return Err(Error::Write { path: self.path, what });
+        let hash = sha256(&header(&path, &metadata, &parts, NO_HASH)?);
+        let header = header(&path, &metadata, &parts, &hash)?;
+        if header.len() as u64 != header_length {
+            let what = format!("the header grew from {header_length} to {} bytes", header.len());
+            return Err(Error::Write { path, what });
         }
-        self.put(8, &header)?;
-        self.file.commit()
+        target.put(8, &header)?;
+        target.commit()
     }
 
-    fn append(&mut self, tensor: &str, bytes: &[u8]) -> Result<()> {
+    fn append(&mut self, tensor: &str, bytes: Vec<u8>) -> Result<()> {
         let wrong = |what| Error::Write { path: self.path.clone(), what };
-        let part = self.by_name.get(tensor).and_then(|&i| self.parts.get_mut(i));
-        let Some(part) = part else {
+        let place = self.by_name.get(tensor).copied();
+        let Some((i, part)) = place.and_then(|i| Some((i, self.parts.get_mut(i)?))) else {
             return Err(wrong(format!("tensor `{}` was not declared", shown(tensor))));
         };
         let (length, after) = (part.end - part.begin, part.written.saturating_add(bytes.len() as u64));
@@ -604,75 +608,54 @@ impl PglmWriter {
             return Err(wrong(what));
         }
         let at = 8 + self.header_length + part.begin + part.written;
-        // Counted and hashed before the write: after a failed one the writer is of no more use.
         part.written = after;
-        if let Some(hash) = &mut part.hash {
-            hash.update(bytes);
-        }
-        self.put(at, bytes)
+        self.file.put(at, bytes, Some(i))
     }
 
     fn fill_gaps(&mut self) -> Result<()> {
-        let gaps = self.parts.iter_mut().filter(|p| p.hash.is_none());
-        let gaps: Vec<(u64, u64)> = gaps
-            .map(|p| {
-                p.written = p.end - p.begin;
-                (p.begin, p.written)
-            })
-            .collect();
-        for (begin, length) in gaps {
-            let zeros = [0u8; ALIGNMENT as usize];
-            let zeros = zeros.get(..length as usize).unwrap_or_default();
-            self.put(8 + self.header_length + begin, zeros)?;
+        for part in self.parts.iter_mut().filter(|p| p.filler) {
+            part.written = part.end - part.begin;
+            let zeros = vec![0; part.written as usize];
+            self.file.put(8 + self.header_length + part.begin, zeros, None)?;
         }
         Ok(())
     }
+}
 
-    fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        if at != self.position {
-            self.file.out.seek(SeekFrom::Start(at)).map_err(io_error("seek in", &self.path))?;
-        }
-        self.file.out.write_all(bytes).map_err(io_error("write", &self.path))?;
-        self.position = at + bytes.len() as u64;
-        Ok(())
+/// The header with the hashes known so far, padded so that the data are aligned. Its length is always the same.
+fn header(path: &Path, own: &[(String, String)], parts: &[Part], own_hash: &str) -> Result<Vec<u8>> {
+    let wrong = |e: serde_json::Error| Error::Write { path: path.to_owned(), what: e.to_string() };
+    let mut table = Map::new();
+    for part in parts.iter().filter(|p| !p.filler) {
+        let row = Row {
+            dtype: part.dtype.name().to_owned(),
+            shape: part.shape.clone(),
+            layout: part.layout.to_owned(),
+            sha256: part.digest.clone(),
+            input_range: part.input_range,
+        };
+        table.insert(part.name.clone(), serde_json::to_value(row).map_err(wrong)?);
     }
-
-    /// The header with the hashes known so far, padded so that the data are aligned. Its length is always the same.
-    fn header(&self, own_hash: &str) -> Result<Vec<u8>> {
-        let wrong = |e: serde_json::Error| Error::Write { path: self.path.clone(), what: e.to_string() };
-        let mut table = Map::new();
-        for part in self.parts.iter().filter(|p| p.hash.is_some() || p.digest != NO_HASH) {
-            let row = Row {
-                dtype: part.dtype.name().to_owned(),
-                shape: part.shape.clone(),
-                layout: part.layout.to_owned(),
-                sha256: part.digest.clone(),
-                input_range: part.input_range,
-            };
-            table.insert(part.name.clone(), serde_json::to_value(row).map_err(wrong)?);
-        }
-        let mut metadata = Map::new();
-        for (key, value) in &self.metadata {
-            metadata.insert(key.clone(), value.as_str().into());
-        }
-        metadata.insert(TENSORS_KEY.into(), serde_json::to_string(&table).map_err(wrong)?.into());
-        metadata.insert(HEADER_KEY.into(), own_hash.into());
-        let mut header = Map::new();
-        header.insert(METADATA_KEY.into(), Value::Object(metadata));
-        for part in &self.parts {
-            let (kind, shape) =
-                stored(part.dtype, &part.shape, part.layout).unwrap_or((DType::U8, Vec::new()));
-            let offsets = [part.begin, part.end];
-            header.insert(
-                part.name.clone(),
-                json!({ "dtype": kind.name(), "shape": shape, "data_offsets": offsets }),
-            );
-        }
-        let mut header = serde_json::to_vec(&header).map_err(wrong)?;
-        let padded = (8 + header.len()).next_multiple_of(ALIGNMENT as usize) - 8;
-        header.resize(padded, b' ');
-        Ok(header)
+    let mut metadata = Map::new();
+    for (key, value) in own {
+        metadata.insert(key.clone(), value.as_str().into());
     }
+    metadata.insert(TENSORS_KEY.into(), serde_json::to_string(&table).map_err(wrong)?.into());
+    metadata.insert(HEADER_KEY.into(), own_hash.into());
+    let mut header = Map::new();
+    header.insert(METADATA_KEY.into(), Value::Object(metadata));
+    for part in parts {
+        let (kind, shape) = stored(part.dtype, &part.shape, part.layout).unwrap_or((DType::U8, Vec::new()));
+        let offsets = [part.begin, part.end];
+        header.insert(
+            part.name.clone(),
+            json!({ "dtype": kind.name(), "shape": shape, "data_offsets": offsets }),
+        );
+    }
+    let mut header = serde_json::to_vec(&header).map_err(wrong)?;
+    let padded = (8 + header.len()).next_multiple_of(ALIGNMENT as usize) - 8;
+    header.resize(padded, b' ');
+    Ok(header)
 }
 
 /// The strings for `__metadata__` but those that are made of hashes.
@@ -729,14 +712,14 @@ fn plan(contents: &PglmContents<'_>) -> Result<(Vec<Part>, HashMap<String, usize
         if by_name.insert(info.name.clone(), parts.len()).is_some() {
             return Err(format!("tensor `{name}` was declared twice"));
         }
-        let part = |name: String, dtype, shape, begin, end, hash| Part {
+        let part = |name: String, dtype, shape, begin, end, filler| Part {
             name,
             dtype,
             shape,
             begin,
             end,
             written: 0,
-            hash,
+            filler,
             digest: NO_HASH.to_owned(),
             layout,
             input_range: None,
@@ -747,12 +730,12 @@ fn plan(contents: &PglmContents<'_>) -> Result<(Vec<Part>, HashMap<String, usize
         if input_range.is_some_and(|range| layout != PANELS || !(range > 0.0 && range.is_finite())) {
             return Err(format!("tensor `{name}` cannot have an input range of {input_range:?}"));
         }
-        let stated = part(info.name, info.dtype, info.shape, at, end, Some(Sha256::new()));
+        let stated = part(info.name, info.dtype, info.shape, at, end, false);
         parts.push(Part { input_range, ..stated });
         at = end.next_multiple_of(ALIGNMENT);
         if at > end {
             let shape = vec![(at - end) as usize];
-            let filler = part(format!("{PAD_SCOPE}{pads}"), DType::U8, shape, end, at, None);
+            let filler = part(format!("{PAD_SCOPE}{pads}"), DType::U8, shape, end, at, true);
             parts.push(Part { layout: ROWS, ..filler });
             pads += 1;
         }

@@ -1,7 +1,7 @@
 //! Bytes of a row to f32.
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
-use pocketglm_tensor::{Affine, Block, DType};
+use pocketglm_tensor::{Affine, Block, DType, Isa, Vectorise};
 
 use crate::blocks::{self, Simple, Super};
 use crate::codes::{affine_lattice, check_bytes, grid, nested_lattice, simple_lattice, unpack_sequence};
@@ -14,6 +14,27 @@ use crate::{Error, Result};
 /// [`Error::Bytes`] where the bytes are too few or too many.
 pub fn dequantise_row(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     check_bytes(dtype, bytes.len(), out.len())?;
+    Isa::detect().vectorise(Values { dtype, bytes, out })
+}
+
+/// A row whose sizes fit.
+struct Values<'a> {
+    dtype: DType,
+    bytes: &'a [u8],
+    out: &'a mut [f32],
+}
+
+impl Vectorise for Values<'_> {
+    type Output = Result<()>;
+
+    #[inline(always)]
+    fn run(self) -> Result<()> {
+        values(self.dtype, self.bytes, self.out)
+    }
+}
+
+#[inline(always)]
+fn values(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     match dtype {
         DType::F32 => {
             for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
@@ -60,6 +81,7 @@ pub fn dequantise_row(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()>
     Ok(())
 }
 
+#[inline(always)]
 fn simple_row<F: Simple<B>, const B: usize>(block: Block, bytes: &[u8], out: &mut [f32]) {
     let grid = grid(block);
     let mut codes = [0; 32];
@@ -69,6 +91,7 @@ fn simple_row<F: Simple<B>, const B: usize>(block: Block, bytes: &[u8], out: &mu
     }
 }
 
+#[inline(always)]
 fn nested_row<F: Super<G, B>, const G: usize, const B: usize>(block: Block, bytes: &[u8], out: &mut [f32]) {
     let grid = grid(block);
     let mut codes = [0; 256];
@@ -81,6 +104,7 @@ fn nested_row<F: Super<G, B>, const G: usize, const B: usize>(block: Block, byte
     }
 }
 
+#[inline(always)]
 fn affine_row(format: Affine, bytes: &[u8], out: &mut [f32]) {
     let group = format.group().of(out.len());
     let bytes = bytes.chunks(format.group_bytes(group).unwrap_or(usize::MAX));

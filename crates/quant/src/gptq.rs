@@ -15,7 +15,7 @@ use pocketglm_tensor::{Block, Cpu, DType, RowCodes};
 
 use crate::codes::{Lattice, affine_lattice, grid, nested_lattice, nested_of, put_together, simple_lattice};
 use crate::factor::{unit_upper, zeros};
-use crate::quantise::{check_finite, encode_unit, unit_of};
+use crate::quantise::{check_finite, encode_units, unit_of};
 use crate::{Error, Method, Result};
 
 const OP: &str = "gptq";
@@ -254,7 +254,7 @@ impl Feedback {
             Method::Search => Some(&self.importance[start..start + values.len()]),
         };
         check_finite("corrected weights", values).map_err(|e| shift_index(e, start))?;
-        encode_unit(dtype, values, importance, &mut row.codes).map_err(|e| shift_index(e, start))?;
+        encode_units(dtype, values, importance, &mut row.codes).map_err(|e| shift_index(e, start))?;
         push_lattices(dtype, &row.codes, &mut row.lattices);
         Ok(())
     }

@@ -32,7 +32,7 @@ pub use error::Error;
 pub use kv::{KvFormat, KvRows};
 pub use packed::{IQ4_TABLE, Packed, PackedFormat, RowCodes, ScaleKind, ZeroKind};
 pub use pool::Cpu;
-pub use simd::Isa;
+pub use simd::{Isa, Vectorise};
 pub use tensor::{Tensor, TensorInfo, WeightSource};
 pub use weight::Weight;
 

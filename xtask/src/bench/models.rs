@@ -137,7 +137,7 @@ fn failed(command: &str, what: &str) -> Error {
 }
 
 /// Writes a synthetic checkpoint, as a user of `cargo xtask synth` would.
-fn synthesise(layers: usize, vision: usize, dtype: &str, out: &Path) -> Result<()> {
+pub fn synthesise(layers: usize, vision: usize, dtype: &str, out: &Path) -> Result<()> {
     let this = std::env::current_exe().map_err(io_error("find", Path::new("this program")))?;
     repo::run(
         Command::new(&this)

@@ -161,7 +161,7 @@ fn turns(round: usize) -> [bool; 2] {
 }
 
 /// Seconds from the start of a process to the first token, and those of the same prefill when all is warm.
-fn first_token(side: &Side, pause: Duration) -> Result<[f64; 2]> {
+pub fn first_token(side: &Side, pause: Duration) -> Result<[f64; 2]> {
     sleep(pause);
     let mut resident = side.start()?;
     let request = format!("prefill {SHORT}");

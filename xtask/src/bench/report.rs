@@ -9,8 +9,8 @@ use crate::error::io_error;
 use crate::{Result, repo};
 
 /// Titles in the order in which they stand in the file.
-pub const TITLES: [&str; 6] =
-    ["Kernels", "Models", "Against llama.cpp", "What quantising loses", "Speech", "On a GPU"];
+pub const TITLES: [&str; 7] =
+    ["Kernels", "Models", "Files", "Against llama.cpp", "What quantising loses", "Speech", "On a GPU"];
 
 /// The file, or only the terminal.
 pub struct Report {

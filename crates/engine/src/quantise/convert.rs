@@ -22,7 +22,7 @@ use crate::{Cancel, EngineOptions, Error, Progress, ProgressFn, Result};
 type Make<'a, T> = dyn Fn(&[f32], &mut Vec<T>) -> pocketglm_quant::Result<()> + Sync + 'a;
 
 /// Values that are quantised before they are written: what keeps the memory small.
-const BATCH_VALUES: usize = 4 << 20;
+const BATCH_VALUES: usize = 16 << 20;
 /// Bytes that are copied at once.
 const BATCH_BYTES: usize = 8 << 20;
 /// Rows of each matrix that the choice of AWQ's scales looks at.

@@ -3,12 +3,13 @@
 use half::bf16;
 use pocketglm_tensor::{Affine, RowCodes};
 
-use super::search::{self, Weights};
+use super::search::{self, Stored, Weights};
 use crate::codes::{Lattice, affine_lattice, round};
 
 /// Beyond these magnitudes squares leave f32's range, and groups are rounded plainly.
 const SEARCHABLE: std::ops::Range<f32> = 1e-14..1e14;
 
+#[inline(always)]
 pub(super) fn encode(format: Affine, x: &[f32], weights: Option<&Weights>, row: &mut RowCodes) {
     let (least, most) = search::range(x);
     let (scale, zero) = match format.symmetric() {
@@ -26,8 +27,8 @@ pub(super) fn encode(format: Affine, x: &[f32], weights: Option<&Weights>, row: 
         let lattice = affine_lattice(format, s.to_bits(), z);
         let mut others = vec![0; x.len()];
         codes_of(&lattice, x, &mut others);
-        let error = |codes: &[u8], l| search::exact_error(x, weights.all(), codes, l);
-        if error(&others, &lattice) < error(codes, &rounded) {
+        let before = search::exact_error(x, weights.all(), codes, &rounded);
+        if search::exact_error(x, weights.all(), &others, &lattice) < before {
             codes.copy_from_slice(&others);
             (scale, zero) = (s, z);
         }
@@ -39,6 +40,7 @@ pub(super) fn encode(format: Affine, x: &[f32], weights: Option<&Weights>, row: 
 }
 
 /// `clamp(round(x / scale) + zero)`; the division is exact to the last bit also where 1 / scale would overflow.
+#[inline(always)]
 fn codes_of(lattice: &Lattice, x: &[f32], codes: &mut [u8]) {
     let &Lattice { scale, zero, top, .. } = lattice;
     if scale == 0.0 {
@@ -55,11 +57,13 @@ fn codes_of(lattice: &Lattice, x: &[f32], codes: &mut [u8]) {
 }
 
 /// The next larger magnitude; the arguments here are finite and never the largest.
+#[inline(always)]
 fn next_up(scale: bf16) -> bf16 {
     bf16::from_bits(scale.to_bits() + 1)
 }
 
 /// Whether the multiple of `scale` next to `value`, at most `codes` of them, is a finite f32.
+#[inline(always)]
 fn stays_finite(value: f64, scale: f64, codes: f64) -> bool {
     ((value / scale).round_ties_even().min(codes) * scale) <= f64::from(f32::MAX)
 }
@@ -67,6 +71,7 @@ fn stays_finite(value: f64, scale: f64, codes: f64) -> bool {
 /// The scale of codes `-2^(bits-1)..2^(bits-1)`: negative where the larger side is the positive one, because the
 /// negative side has a code more. Nearest to where the extreme value is a code, but so that no value is further than
 /// half a step from one.
+#[inline(always)]
 fn round_symmetric(format: Affine, least: f32, most: f32) -> bf16 {
     let (down, up) = (f64::from(-least.min(0.0)), f64::from(most.max(0.0)));
     let (large, small) = (down.max(up), down.min(up));
@@ -84,6 +89,7 @@ fn round_symmetric(format: Affine, least: f32, most: f32) -> bf16 {
 }
 
 /// Scale and zero point of codes `0..2^bits` for the range widened to 0.
+#[inline(always)]
 fn round_with_zero(format: Affine, least: f32, most: f32) -> (bf16, u8) {
     let (down, up) = (f64::from(-least.min(0.0)), f64::from(most.max(0.0)));
     if down + up == 0.0 {
@@ -104,15 +110,16 @@ fn round_with_zero(format: Affine, least: f32, most: f32) -> (bf16, u8) {
     }
 }
 
-/// The best scale and zero point that a search finds, the scale rounded to the better of its bf16 neighbours.
+/// The best scale and zero point that a search finds.
+#[inline(always)]
 fn searched(format: Affine, x: &[f32], w: &[f32]) -> (bf16, u8) {
     let bits = u32::from(format.bits());
     let (scale, zero) = match format.symmetric() {
-        true => (search::symmetric(x, w, -(1 << (bits - 1)), (1 << (bits - 1)) - 1, bits), 0),
+        true => {
+            let (low, high) = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1);
+            (search::symmetric(x, w, low, high, bits, Stored::Bf16), 0)
+        }
         false => search::zero_point(x, w, (1 << bits) - 1, bits),
     };
-    let below = bf16::from_bits((scale.to_bits() >> 16) as u16);
-    let error = |s: bf16| search::error(x, w, &affine_lattice(format, s.to_bits(), zero as u8));
-    let above = next_up(below);
-    (if error(above) < error(below) { above } else { below }, zero as u8)
+    (bf16::from_f32(scale), zero as u8)
 }

@@ -11,7 +11,7 @@ mod search;
 mod simple;
 
 use half::{bf16, f16};
-use pocketglm_tensor::{Block, DType, RowCodes};
+use pocketglm_tensor::{Block, DType, Isa, RowCodes, Vectorise};
 
 use crate::codes::put_together;
 use crate::{Error, Result};
@@ -74,18 +74,7 @@ pub fn quantise_row(dtype: DType, values: &[f32], options: &RowOptions<'_>, out:
             let importance = Importance::new(k, options)?;
             let mut row = RowCodes::default();
             row.codes.reserve(k);
-            let unit = unit_of(dtype, k);
-            for first in (0..k).step_by(unit) {
-                let last = (first + unit).min(k);
-                encode_unit(dtype, &values[first..last], importance.of(first, last), &mut row).map_err(
-                    |error| match error {
-                        Error::Range { index, value, dtype } => {
-                            Error::Range { index: first + index, value, dtype }
-                        }
-                        other => other,
-                    },
-                )?;
-            }
+            encode_units(dtype, values, importance.all(), &mut row)?;
             out.reserve(bytes);
             put_together(dtype, &row, out)?;
         }
@@ -119,8 +108,8 @@ impl Importance {
         }))
     }
 
-    pub fn of(&self, first: usize, last: usize) -> Option<&[f32]> {
-        self.0.as_deref().map(|w| &w[first..last])
+    pub fn all(&self) -> Option<&[f32]> {
+        self.0.as_deref()
     }
 }
 
@@ -145,14 +134,22 @@ pub(crate) fn check_importance(importance: &[f32], k: usize) -> Result<()> {
     }
 }
 
+/// Whether there is a NaN or an infinity. Without early exits the test vectorises; almost every row passes it.
+struct AnyNotFinite<'a>(&'a [f32]);
+
+impl Vectorise for AnyNotFinite<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self) -> bool {
+        self.0.iter().fold(0, |most: u32, v| most.max(v.to_bits() & 0x7fff_ffff)) >= 0x7f80_0000
+    }
+}
+
 /// Names the first NaN or infinity.
 pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<()> {
-    // Without early exits the test vectorises; almost every row passes it.
-    let any = |values: &[f32]| {
-        values.iter().fold(0, |most: u32, v| most.max(v.to_bits() & 0x7fff_ffff)) >= 0x7f80_0000
-    };
     for (i, part) in values.chunks(4096).enumerate() {
-        if any(part)
+        if Isa::detect().vectorise(AnyNotFinite(part))
             && let Some(at) = part.iter().position(|v| !v.is_finite())
         {
             return Err(Error::NotFinite { what, index: i * 4096 + at, value: part[at], kind: "number" });
@@ -161,15 +158,48 @@ pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// Appends the codes and scales of one unit of finite values.
+/// Appends the codes and scales of whole units of finite values.
 ///
 /// With `importance` (of the same length) scales are searched, without it values are plainly rounded.
-pub(crate) fn encode_unit(
+pub(crate) fn encode_units(
     dtype: DType,
     values: &[f32],
     importance: Option<&[f32]>,
     row: &mut RowCodes,
 ) -> Result<()> {
+    Isa::detect().vectorise(Units { dtype, values, importance, row })
+}
+
+struct Units<'a> {
+    dtype: DType,
+    values: &'a [f32],
+    importance: Option<&'a [f32]>,
+    row: &'a mut RowCodes,
+}
+
+impl Vectorise for Units<'_> {
+    type Output = Result<()>;
+
+    #[inline(always)]
+    fn run(self) -> Result<()> {
+        let Units { dtype, values, importance, row } = self;
+        let unit = unit_of(dtype, values.len());
+        for (i, values) in values.chunks(unit.max(1)).enumerate() {
+            let importance = importance.map(|w| &w[i * unit..][..values.len()]);
+            encode_unit(dtype, values, importance, row).map_err(|error| match error {
+                Error::Range { index, value, dtype } => {
+                    Error::Range { index: i * unit + index, value, dtype }
+                }
+                other => other,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Appends the codes and scales of one unit.
+#[inline(always)]
+fn encode_unit(dtype: DType, values: &[f32], importance: Option<&[f32]>, row: &mut RowCodes) -> Result<()> {
     let scaled = importance.and_then(search::Weights::new);
     let weights = scaled.as_ref();
     let done = match dtype {

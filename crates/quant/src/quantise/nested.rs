@@ -4,7 +4,8 @@ use half::f16;
 use pocketglm_tensor::{Block, RowCodes};
 
 use super::TooLarge;
-use super::search::{self, Weights};
+use super::lanes::errors;
+use super::search::{self, Stored, Weights};
 use super::simple::extreme;
 use crate::blocks::Nested;
 use crate::codes::{Grid, Lattice, grid, nested_lattice};
@@ -14,6 +15,7 @@ struct Encoded<const G: usize> {
     codes: [u8; 256],
 }
 
+#[inline(always)]
 pub(super) fn encode<const G: usize>(
     block: Block,
     x: &[f32],
@@ -50,6 +52,7 @@ struct Shape<'a, const G: usize> {
 }
 
 impl<const G: usize> Shape<'_, G> {
+    #[inline(always)]
     fn group<'b>(&self, values: &'b [f32], g: usize) -> &'b [f32] {
         &values[g * (256 / G)..(g + 1) * (256 / G)]
     }
@@ -59,6 +62,7 @@ impl<const G: usize> Shape<'_, G> {
     }
 
     /// Real scales and (positive) minima of the sub-groups from their ranges, then rounded.
+    #[inline(always)]
     fn rounded(&self) -> Encoded<G> {
         let mut d = [0.0; G];
         let mut m = [0.0; G];
@@ -82,6 +86,7 @@ impl<const G: usize> Shape<'_, G> {
     }
 
     /// The common scales under which the largest of the sub-groups' take the largest integer.
+    #[inline(always)]
     fn common(&self, d: &[f32; G], m: &[f32; G]) -> Nested<G> {
         let bits = |value: f32| f16::from_f32(value).to_bits();
         let (d, dmin) = match self.grid.minima {
@@ -92,6 +97,7 @@ impl<const G: usize> Shape<'_, G> {
     }
 
     /// The integer scale and minimum nearest to real ones.
+    #[inline(always)]
     fn nearest_sub(&self, scales: &Nested<G>, d: f32, m: f32) -> (u8, u8) {
         let integer = |value: f32, unit: u16| {
             let unit = f16::from_bits(unit).to_f32();
@@ -102,6 +108,7 @@ impl<const G: usize> Shape<'_, G> {
         (scale as u8, minimum as u8)
     }
 
+    #[inline(always)]
     fn with_codes(&self, scales: Nested<G>) -> Encoded<G> {
         let mut codes = [0; 256];
         for (g, codes) in codes.chunks_exact_mut(256 / G).enumerate() {
@@ -113,6 +120,7 @@ impl<const G: usize> Shape<'_, G> {
         Encoded { scales, codes }
     }
 
+    #[inline(always)]
     fn exact_error(&self, w: &[f32], encoded: &Encoded<G>) -> f64 {
         encoded
             .codes
@@ -126,6 +134,7 @@ impl<const G: usize> Shape<'_, G> {
     }
 
     /// Best real scales of each sub-group, then integers for them, then common scales for those integers.
+    #[inline(always)]
     fn searched(&self, w: &[f32]) -> Encoded<G> {
         let Grid { bits, zero, low, .. } = self.grid;
         let mut d = [0.0; G];
@@ -138,7 +147,7 @@ impl<const G: usize> Shape<'_, G> {
             } else if self.grid.table {
                 d[g] = search::table(x, w);
             } else {
-                d[g] = search::symmetric(x, w, low - zero, self.top() - zero, bits);
+                d[g] = search::symmetric(x, w, low - zero, self.top() - zero, bits, Stored::Fine);
             }
         }
         let mut best = self.with_integers(self.common(&d, &m), &d, &m, w);
@@ -153,6 +162,7 @@ impl<const G: usize> Shape<'_, G> {
     }
 
     /// Tries the integers around each sub-group's real scale and minimum.
+    #[inline(always)]
     fn with_integers(
         &self,
         mut scales: Nested<G>,
@@ -164,16 +174,25 @@ impl<const G: usize> Shape<'_, G> {
         for g in 0..G {
             let (x, w) = (self.group(self.x, g), self.group(w, g));
             let (scale, minimum) = self.nearest_sub(&scales, d[g], m[g]);
-            let around = |value: i32, (low, high): (i32, i32)| (value - 1).max(low)..=(value + 1).min(high);
             let minima = if self.grid.minima { (0, self.sub.1) } else { (0, 0) };
+            // Three by three around the nearest; what lies outside repeats a neighbour.
+            let candidate = |i: usize| {
+                let (s, m) = (
+                    i32::from(scale as i8) + (i / 3 % 3) as i32 - 1,
+                    i32::from(minimum) + (i % 3) as i32 - 1,
+                );
+                (s.clamp(self.sub.0, self.sub.1) as u8, m.clamp(minima.0, minima.1) as u8)
+            };
+            let lattices = std::array::from_fn(|i| {
+                (scales.scales[g], scales.minima[g]) = candidate(i);
+                nested_lattice(self.grid, &scales, g)
+            });
+            let errors = errors(x, w, &lattices);
             let mut best = (f32::INFINITY, scale, minimum);
-            for s in around(i32::from(scale as i8), self.sub) {
-                for m in around(i32::from(minimum), minima) {
-                    (scales.scales[g], scales.minima[g]) = (s as u8, m as u8);
-                    let e = search::error(x, w, &nested_lattice(self.grid, &scales, g));
-                    if e < best.0 {
-                        best = (e, s as u8, m as u8);
-                    }
+            for (i, &e) in errors.iter().enumerate() {
+                if e < best.0 {
+                    let (s, m) = candidate(i);
+                    best = (e, s, m);
                 }
             }
             total += best.0;

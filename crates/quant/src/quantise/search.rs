@@ -1,11 +1,12 @@
 //! Searches for the scale that makes the weighted squared error of one group least.
 //!
 //! Each search tries some starting scales. A start fixes the codes; for fixed codes the best scale (and minimum)
-//! solves a linear least-squares problem, which also gives the error, so that a start costs one pass.
+//! solves a linear least-squares problem, which also gives the error, so that a start costs one pass. Starts go in
+//! batches: first spread over a range, then closely around the best.
 
-use wide::f32x8;
+use half::bf16;
 
-use super::lanes::{nearest_in_table, round_within, sums};
+use super::lanes::{Each, WIDTH, codes, multiples, nearest_in_table, round_within};
 use crate::codes::Lattice;
 
 /// Importances of a unit, with the largest scaled to 1 so that sums neither overflow nor vanish.
@@ -15,6 +16,7 @@ pub(super) struct Weights {
 
 impl Weights {
     /// `None` where all are zero: then any code is as good as another.
+    #[inline(always)]
     pub fn new(importance: &[f32]) -> Option<Weights> {
         let most = importance.iter().fold(0.0f32, |a, &b| a.max(b));
         if most == 0.0 {
@@ -30,178 +32,238 @@ impl Weights {
 }
 
 /// Smallest and largest value.
+#[inline(always)]
 pub(super) fn range(x: &[f32]) -> (f32, f32) {
-    let mut low = [f32::INFINITY; 8];
-    let mut high = [f32::NEG_INFINITY; 8];
-    let (xs, rest) = x.as_chunks::<8>();
+    let least = |a: f32, b: f32| if b < a { b } else { a };
+    let most = |a: f32, b: f32| if b > a { b } else { a };
+    let mut low = [f32::INFINITY; WIDTH];
+    let mut high = [f32::NEG_INFINITY; WIDTH];
+    let (xs, rest) = x.as_chunks::<WIDTH>();
     for x in xs {
-        for i in 0..8 {
-            low[i] = if x[i] < low[i] { x[i] } else { low[i] };
-            high[i] = if x[i] > high[i] { x[i] } else { high[i] };
+        for i in 0..WIDTH {
+            low[i] = least(low[i], x[i]);
+            high[i] = most(high[i], x[i]);
         }
     }
-    let low = low.iter().chain(rest).fold(f32::INFINITY, |a, &b| if b < a { b } else { a });
-    let high = high.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-    (low, high)
-}
-
-/// Weighted squared error when every value takes its nearest code.
-#[inline(always)]
-pub(super) fn error(x: &[f32], w: &[f32], lattice: &Lattice) -> f32 {
-    let Lattice { scale, zero, offset, table, low, top } = *lattice;
-    let squared = |e, w| [w * e * e];
-    if scale == 0.0 {
-        return sums(x, w, |x, w| squared(x + f32x8::splat(offset), w))[0];
+    for (i, &x) in rest.iter().enumerate() {
+        low[i] = least(low[i], x);
+        high[i] = most(high[i], x);
     }
-    let inverse = f32x8::splat(1.0 / scale);
-    let scale = f32x8::splat(scale);
-    if table {
-        return sums(x, w, |x, w| squared(x - nearest_in_table(x * inverse) * scale, w))[0];
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            low[i] = least(low[i], low[i + half]);
+            high[i] = most(high[i], high[i + half]);
+        }
     }
-    let (low, high) = (f32x8::splat((low - zero) as f32), f32x8::splat((top - zero) as f32));
-    let offset = f32x8::splat(offset);
-    sums(x, w, |x, w| {
-        let shifted = x + offset;
-        squared(shifted - round_within(shifted * inverse, low, high) * scale, w)
-    })[0]
+    (low[0], high[0])
 }
 
 /// Weighted squared error of these codes, in f64, for the comparison that decides.
+#[inline(always)]
 pub(super) fn exact_error(x: &[f32], w: &[f32], codes: &[u8], lattice: &Lattice) -> f64 {
     let mut values = [0.0; 256];
-    let mut lanes = [0.0f64; 4];
+    let mut lanes = [0.0f64; 8];
     for ((x, w), codes) in x.chunks(256).zip(w.chunks(256)).zip(codes.chunks(256)) {
-        lattice.values(codes, &mut values);
-        for (i, ((&x, &w), &value)) in x.iter().zip(w).zip(&values).enumerate() {
-            let e = f64::from(x) - f64::from(value);
-            lanes[i % 4] += f64::from(w) * e * e;
+        let values = &mut values[..x.len()];
+        lattice.values(codes, values);
+        let ((xs, x_rest), (ws, w_rest), (vs, v_rest)) =
+            (x.as_chunks::<8>(), w.as_chunks::<8>(), values.as_chunks::<8>());
+        for ((x, w), v) in xs.iter().zip(ws).zip(vs) {
+            for i in 0..8 {
+                let e = f64::from(x[i]) - f64::from(v[i]);
+                lanes[i] += f64::from(w[i]) * e * e;
+            }
+        }
+        for ((&x, &w), &v) in x_rest.iter().zip(w_rest).zip(v_rest) {
+            let e = f64::from(x) - f64::from(v);
+            lanes[0] += f64::from(w) * e * e;
         }
     }
     lanes.iter().sum()
 }
 
-/// Starting ranges as parts of the values' own: the fewer the bits, the more clipping of outliers pays.
-pub(super) fn ratios(bits: u32) -> impl Iterator<Item = f32> + Clone {
-    let (from, steps) = match bits {
-        2 => (0.35, 20),
-        3 => (0.55, 18),
-        4 => (0.65, 16),
-        5 => (0.8, 12),
-        6 => (0.88, 10),
-        _ => (0.96, 6),
-    };
-    (0..=steps).map(move |i| from + (1.04 - from) * i as f32 / steps as f32)
+/// Starting ranges as parts of the values' own, from the first to [`WIDEST`]: the fewer the bits, the more clipping of
+/// outliers pays.
+#[inline(always)]
+fn narrowest(bits: u32) -> f32 {
+    match bits {
+        2 => 0.35,
+        3 => 0.55,
+        4 => 0.65,
+        5 => 0.8,
+        6 => 0.88,
+        _ => 0.96,
+    }
+}
+
+const WIDEST: f32 = 1.04;
+
+/// The ranges in `n` even steps; candidates beyond `n` begin anew.
+#[inline(always)]
+fn spread(bits: u32, n: usize) -> Each {
+    let from = narrowest(bits);
+    std::array::from_fn(|i| from + (WIDEST - from) * (i % n) as f32 / (n - 1) as f32)
+}
+
+/// Factors around 1, as far as the neighbours in [`spread`]; one is 1.
+#[inline(always)]
+fn around(bits: u32, n: usize) -> Each {
+    let step = (WIDEST - narrowest(bits)) / (n - 1) as f32;
+    std::array::from_fn(|i| 1.0 + step * (i as f32 - 8.0) / 8.0)
+}
+
+/// Different starts in each half of a batch where few are enough.
+#[inline(always)]
+const fn ranges_for(bits: u32) -> usize {
+    if bits >= 6 { WIDTH / 2 } else { WIDTH }
+}
+
+/// How much a scale takes off the squared error, and that scale.
+#[derive(Clone, Copy, Default)]
+struct Gain {
+    gain: f32,
+    scale: f32,
+}
+
+impl Gain {
+    /// Takes the best of a batch, where it is better; gives its place.
+    #[inline(always)]
+    fn take(&mut self, (xm, mm): (Each, Each)) -> Option<usize> {
+        let mut found = None;
+        for i in 0..WIDTH {
+            let (xm, mm) = (xm[i], mm[i]);
+            if mm > 0.0 && xm * xm > self.gain * mm {
+                *self = Gain { gain: xm * xm / mm, scale: xm / mm };
+                found = Some(i);
+            }
+        }
+        found
+    }
+}
+
+/// How scales are stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stored {
+    /// So finely that rounding them does not matter.
+    Fine,
+    /// In bf16, of whose neighbours the best is taken.
+    Bf16,
+}
+
+impl Stored {
+    /// Scales close to the best one.
+    #[inline(always)]
+    fn close(self, scale: f32, bits: u32, n: usize) -> Each {
+        match self {
+            Stored::Fine => around(bits, n).map(|f| f * scale),
+            Stored::Bf16 => {
+                let middle = bf16::from_f32(scale).to_bits();
+                std::array::from_fn(|i| bf16::from_bits((middle + i as u16).saturating_sub(8)).to_f32())
+            }
+        }
+    }
+
+    /// Takes the best of a batch of close scales: with its own codes where scales are stored as they are, else refitted
+    /// to them.
+    #[inline(always)]
+    fn take(self, best: &mut Gain, scales: &Each, (xm, mm): (Each, Each)) {
+        if self == Stored::Fine {
+            best.take((xm, mm));
+            return;
+        }
+        let mut gain = f32::NEG_INFINITY;
+        for i in 0..WIDTH {
+            let d = scales[i];
+            let here = d * (2.0 * xm[i] - d * mm[i]);
+            if here > gain {
+                gain = here;
+                best.scale = d;
+            }
+        }
+    }
+}
+
+/// The scale `d` of `x = d * m`, with the multiples `m` that `nearest` gives, of magnitudes up to `reach`. Zero for a
+/// group of zeros.
+#[inline(always)]
+fn one_scale(
+    x: &[f32],
+    w: &[f32],
+    bits: u32,
+    (reach, both_signs, stored): (f32, bool, Stored),
+    nearest: impl Fn(f32) -> f32,
+) -> f32 {
+    let (least, most) = range(x);
+    let extreme = most.max(-least);
+    if extreme <= 0.0 {
+        return 0.0;
+    }
+    let n = ranges_for(bits);
+    let starts = spread(bits, n).map(|ratio| extreme * ratio / reach);
+    let mut best = Gain::default();
+    let sign = |i: usize| if both_signs && i >= n { -1.0 } else { 1.0 };
+    best.take(multiples(x, w, &std::array::from_fn(|i| sign(i) * starts[i]), |_, m| nearest(m)));
+    if both_signs && n == WIDTH {
+        best.take(multiples(x, w, &starts.map(|d| -d), |_, m| nearest(m)));
+    }
+    if best.scale != 0.0 {
+        let close = stored.close(best.scale, bits, n);
+        stored.take(&mut best, &close, multiples(x, w, &close, |_, m| nearest(m)));
+    }
+    best.scale
 }
 
 /// The scale `d` of `x = d * m`, `m` an integer in `low..=high`. Zero for a group of zeros.
-pub(super) fn symmetric(x: &[f32], w: &[f32], low: i32, high: i32, bits: u32) -> f32 {
-    let (least, most) = range(x);
-    let extreme = most.max(-least);
-    if extreme <= 0.0 {
-        return 0.0;
-    }
+#[inline(always)]
+pub(super) fn symmetric(x: &[f32], w: &[f32], low: i32, high: i32, bits: u32, stored: Stored) -> f32 {
     let (low, high) = (low as f32, high as f32);
-    let reach = high.max(-low);
     // Where one side has a code more, which side that is matters.
-    let signs: &[f32] = if low == -high { &[1.0] } else { &[1.0, -1.0] };
-    let mut best = (0.0, 0.0);
-    let (least, most) = (f32x8::splat(low), f32x8::splat(high));
-    let mut attempt = |start: f32, best: &mut (f32, f32)| {
-        let inverse = f32x8::splat(1.0 / start);
-        let [xm, mm] = sums(x, w, |x, w| {
-            let m = round_within(x * inverse, least, most);
-            [w * x * m, w * m * m]
-        });
-        if mm > 0.0 && xm * xm > best.0 * mm {
-            *best = (xm * xm / mm, xm / mm);
-        }
-    };
-    for &sign in signs {
-        for ratio in ratios(bits) {
-            attempt(sign * extreme * ratio / reach, &mut best);
-        }
-    }
-    refine(&mut best, &mut attempt);
-    best.1
-}
-
-/// Takes the scale that was found as one more start, while that helps.
-fn refine(best: &mut (f32, f32), attempt: &mut impl FnMut(f32, &mut (f32, f32))) {
-    for _ in 0..2 {
-        let (gain, scale) = *best;
-        if scale == 0.0 {
-            return;
-        }
-        attempt(scale, best);
-        if best.0 == gain {
-            return;
-        }
-    }
+    one_scale(x, w, bits, (high.max(-low), low != -high, stored), |m| round_within(m, low, high))
 }
 
 /// The scale `d` of `x = d * table[q]`.
+#[inline(always)]
 pub(super) fn table(x: &[f32], w: &[f32]) -> f32 {
-    let (least, most) = range(x);
-    let extreme = most.max(-least);
-    if extreme <= 0.0 {
-        return 0.0;
-    }
-    let mut best = (0.0, 0.0);
-    let mut attempt = |start: f32, best: &mut (f32, f32)| {
-        let inverse = f32x8::splat(1.0 / start);
-        let [xm, mm] = sums(x, w, |x, w| {
-            let m = nearest_in_table(x * inverse);
-            [w * x * m, w * m * m]
-        });
-        if mm > 0.0 && xm * xm > best.0 * mm {
-            *best = (xm * xm / mm, xm / mm);
-        }
-    };
-    for sign in [1.0, -1.0] {
-        for ratio in ratios(4) {
-            attempt(sign * extreme * ratio / 127.0, &mut best);
-        }
-    }
-    refine(&mut best, &mut attempt);
-    best.1
+    one_scale(x, w, 4, (127.0, true, Stored::Fine), nearest_in_table)
 }
 
-/// The scale and zero point of `x = d * (q - zero)`, both from `0..=top`; the range includes 0.
+/// The scale, a bf16, and zero point of `x = d * (q - zero)`, both from `0..=top`; the range includes 0.
+#[inline(always)]
 pub(super) fn zero_point(x: &[f32], w: &[f32], top: i32, bits: u32) -> (f32, i32) {
     let (least, most) = range(x);
     let (least, most) = (least.min(0.0), most.max(0.0));
     if most <= least {
         return (0.0, 0);
     }
+    let n = ranges_for(bits);
+    let starts = spread(bits, n).map(|ratio| (most - least) * ratio / top as f32);
     let middle = (-least / (most - least) * top as f32) as i32;
-    let mut best = (0.0, 0.0, 0);
-    let attempt = |start: f32, zero: i32, best: &mut (f32, f32, i32)| {
-        let inverse = f32x8::splat(1.0 / start);
-        let (low, high) = (f32x8::splat(-zero as f32), f32x8::splat((top - zero) as f32));
-        let [xm, mm] = sums(x, w, |x, w| {
-            let m = round_within(x * inverse, low, high);
-            [w * x * m, w * m * m]
-        });
-        if mm > 0.0 && xm > 0.0 && xm * xm > best.0 * mm {
-            *best = (xm * xm / mm, xm / mm, zero);
-        }
-    };
-    for zero in middle - 1..=middle + 2 {
-        if (0..=top).contains(&zero) {
-            for ratio in ratios(bits) {
-                attempt((most - least) * ratio / top as f32, zero, &mut best);
-            }
+    let (mut best, mut zero) = (Gain::default(), 0);
+    // Two zero points to a batch where half of it is enough for one; then the neighbours of the best scale.
+    let per_batch = WIDTH / n;
+    for first in (middle - 1..=middle + 2).step_by(per_batch) {
+        let zeros: [i32; WIDTH] = std::array::from_fn(|i| (first + (i / n) as i32).clamp(0, top));
+        if let Some(i) = best.take(from_zero(x, w, top, &starts, zeros)) {
+            zero = zeros[i];
         }
     }
-    for _ in 0..2 {
-        if best.1 > 0.0 {
-            attempt(best.1, best.2, &mut best);
-        }
+    if best.scale > 0.0 {
+        let close = Stored::Bf16.close(best.scale, bits, n);
+        Stored::Bf16.take(&mut best, &close, from_zero(x, w, top, &close, [zero; WIDTH]));
     }
-    (best.1, best.2)
+    (best.scale, zero)
+}
+
+/// [`multiples`] of codes that begin at these zero points; upwards alone.
+#[inline(always)]
+fn from_zero(x: &[f32], w: &[f32], top: i32, scales: &Each, zero: [i32; WIDTH]) -> (Each, Each) {
+    let (low, high) = (zero.map(|z| -z as f32), zero.map(|z| (top - z) as f32));
+    let (xm, mm) = multiples(x, w, scales, |i, m| round_within(m, low[i], high[i]));
+    (xm.map(|xm| xm.max(0.0)), mm)
 }
 
 /// Scale `d` and minimum `m` of `x = d * q + m`, `q` in `0..=top`; with `below` `m` is at most 0.
+#[inline(always)]
 pub(super) fn with_minimum(x: &[f32], w: &[f32], top: i32, bits: u32, below: bool) -> (f32, f32) {
     let (least, most) = range(x);
     let least = if below { least.min(0.0) } else { least };
@@ -209,46 +271,45 @@ pub(super) fn with_minimum(x: &[f32], w: &[f32], top: i32, bits: u32, below: boo
         return (0.0, least);
     }
     let top = top as f32;
-    let spread = most - least;
-    let base = f32x8::splat(least);
-    let [sw, sx, sxx] = sums(x, w, |x, w| {
-        let y = x - base;
-        [w, w * y, w * y * y]
-    });
-    let mut best = (f32::INFINITY, spread / top, least);
+    let width = most - least;
     // Everything is relative to the least value, so that a large common part does not cancel the digits away.
-    let attempt = |d: f32, low: f32, best: &mut (f32, f32, f32)| {
-        let low = f32x8::splat(low);
-        let inverse = f32x8::splat(1.0 / d);
-        let [sq, sqq, sxq] = sums(x, w, |x, w| {
-            let q = round_within((x - low) * inverse, f32x8::ZERO, f32x8::splat(top));
-            [w * q, w * q * q, w * q * (x - base)]
-        });
-        let determinant = sw * sqq - sq * sq;
-        let (mut d, mut m) = match determinant > 0.0 {
-            true => ((sw * sxq - sx * sq) / determinant, (sqq * sx - sq * sxq) / determinant),
-            false => (0.0, sx / sw),
-        };
-        if below && m + least > 0.0 && sqq > 0.0 {
-            // On the border m = 0 the best scale solves the problem in one unknown.
-            m = -least;
-            d = (sxq - m * sq) / sqq;
-        }
-        let e = sxx + d * d * sqq + m * m * sw - 2.0 * (d * sxq + m * sx - d * m * sq);
-        if d > 0.0 && e < best.0 {
-            *best = (e, d, m + least);
-        }
-    };
-    for ratio in ratios(bits) {
-        let d = spread * ratio / top;
-        attempt(d, least, &mut best);
-        if ratio < 1.0 {
-            attempt(d, least + (1.0 - ratio) / 2.0 * spread, &mut best);
-        }
+    let (mut sw, mut sx, mut sxx) = (0.0, 0.0, 0.0);
+    for (&x, &w) in x.iter().zip(w) {
+        let y = x - least;
+        sw += w;
+        sx += w * y;
+        sxx += w * y * y;
     }
-    for _ in 0..2 {
-        let (_, d, m) = best;
-        attempt(d, m, &mut best);
+    let mut best = (f32::INFINITY, width / top, least);
+    let ratios = spread(bits, WIDTH);
+    for stage in 0..3 {
+        // Clipped at the top alone, at both ends, and close to the best.
+        let (d, low) = match stage {
+            0 => (ratios.map(|ratio| width * ratio / top), [least; WIDTH]),
+            1 => (
+                ratios.map(|ratio| width * ratio / top),
+                ratios.map(|ratio| least + (1.0 - ratio).max(0.0) / 2.0 * width),
+            ),
+            _ => (around(bits, WIDTH).map(|f| f * best.1), [best.2; WIDTH]),
+        };
+        let (sq, sqq, sxq) = codes(x, w, (&d, &low), least, top);
+        for i in 0..WIDTH {
+            let (sq, sqq, sxq) = (sq[i], sqq[i], sxq[i]);
+            let determinant = sw * sqq - sq * sq;
+            let (mut d, mut m) = match determinant > 0.0 {
+                true => ((sw * sxq - sx * sq) / determinant, (sqq * sx - sq * sxq) / determinant),
+                false => (0.0, sx / sw),
+            };
+            if below && m + least > 0.0 && sqq > 0.0 {
+                // On the border m = 0 the best scale solves the problem in one unknown.
+                m = -least;
+                d = (sxq - m * sq) / sqq;
+            }
+            let e = sxx + d * d * sqq + m * m * sw - 2.0 * (d * sxq + m * sx - d * m * sq);
+            if d > 0.0 && e < best.0 {
+                best = (e, d, m + least);
+            }
+        }
     }
     (best.1, best.2)
 }

@@ -4,7 +4,7 @@ use half::f16;
 use pocketglm_tensor::{Block, RowCodes};
 
 use super::TooLarge;
-use super::search::{self, Weights};
+use super::search::{self, Stored, Weights};
 use crate::codes::{Grid, grid, nearest_in_table, simple_lattice};
 
 struct Encoded {
@@ -13,6 +13,7 @@ struct Encoded {
     codes: [u8; 32],
 }
 
+#[inline(always)]
 pub(super) fn encode(
     block: Block,
     x: &[f32],
@@ -26,11 +27,8 @@ pub(super) fn encode(
     let grid = grid(block);
     if let Some(weights) = weights {
         let w = weights.all();
-        let error = |e: &Encoded| {
-            search::exact_error(x, w, &e.codes, &simple_lattice(grid, e.d.to_bits(), e.m.to_bits()))
-        };
         let found = searched(grid, x, w);
-        if error(&found) < error(&best) {
+        if error(grid, x, w, &found) < error(grid, x, w, &best) {
             best = found;
         }
     }
@@ -42,7 +40,13 @@ pub(super) fn encode(
     Ok(())
 }
 
+#[inline(always)]
+fn error(grid: Grid, x: &[f32], w: &[f32], of: &Encoded) -> f64 {
+    search::exact_error(x, w, &of.codes, &simple_lattice(grid, of.d.to_bits(), of.m.to_bits()))
+}
+
 /// The first value of the largest magnitude, with its sign.
+#[inline(always)]
 pub(super) fn extreme(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |most: f32, &v| if v.abs() > most.abs() { v } else { most })
 }
@@ -54,25 +58,28 @@ fn inverse(d: f32) -> f32 {
 }
 
 /// As ggml's reference encoders, operation by operation, so that the bytes are the same.
+#[inline(always)]
 fn rounded(block: Block, x: &[f32]) -> Encoded {
     let mut codes = [0; 32];
-    let mut each = |f: &dyn Fn(f32) -> u8| {
-        for (code, &x) in codes.iter_mut().zip(x) {
-            *code = f(x);
-        }
-    };
+    macro_rules! each {
+        ($f:expr) => {
+            for (code, &x) in codes.iter_mut().zip(x) {
+                *code = $f(x);
+            }
+        };
+    }
     let (d, m) = match block {
         Block::Q8_0 => {
             let d = extreme(x).abs() / 127.0;
             let id = inverse(d);
-            each(&|x| (round_half_away(x * id) + 128).clamp(1, 255) as u8);
+            each!(|x: f32| (round_half_away(x * id) + 128).clamp(1, 255) as u8);
             (d, 0.0)
         }
         Block::Q4_0 | Block::Q5_0 => {
             let zero = if block == Block::Q4_0 { 8.0 } else { 16.0 };
             let d = extreme(x) / -zero;
             let id = inverse(d);
-            each(&|x| (x * id + (zero + 0.5)).min(2.0 * zero - 1.0) as u8);
+            each!(|x: f32| (x * id + (zero + 0.5)).min(2.0 * zero - 1.0) as u8);
             (d, 0.0)
         }
         Block::Q4_1 | Block::Q5_1 => {
@@ -80,14 +87,14 @@ fn rounded(block: Block, x: &[f32]) -> Encoded {
             let (least, most) = search::range(x);
             let d = (most - least) / top;
             let id = inverse(d);
-            each(&|x| ((x - least) * id + 0.5).min(top) as u8);
+            each!(|x: f32| ((x - least) * id + 0.5).min(top) as u8);
             (d, least)
         }
         // IQ4_NL: the extreme value takes the table's, -127. Codes are nearest under the scale as stored.
         _ => {
             let d = f16::from_f32(extreme(x) / -127.0).to_f32();
             let id = inverse(d);
-            each(&|x| nearest_in_table(x * id));
+            each!(|x: f32| nearest_in_table(x * id));
             (d, 0.0)
         }
     };
@@ -95,16 +102,20 @@ fn rounded(block: Block, x: &[f32]) -> Encoded {
 }
 
 /// C's `roundf` for numbers well below 2^23: the sum rounds up exactly from one half on.
+#[inline(always)]
 fn round_half_away(x: f32) -> i32 {
     (x + 0.499_999_97_f32.copysign(x)) as i32
 }
 
+#[inline(always)]
 fn searched(grid: Grid, x: &[f32], w: &[f32]) -> Encoded {
     let top = (1 << grid.bits) - 1;
     let (d, m) = match (grid.table, grid.minima) {
         (true, _) => (search::table(x, w), 0.0),
         (false, true) => search::with_minimum(x, w, top, grid.bits, false),
-        (false, false) => (search::symmetric(x, w, grid.low - grid.zero, top - grid.zero, grid.bits), 0.0),
+        (false, false) => {
+            (search::symmetric(x, w, grid.low - grid.zero, top - grid.zero, grid.bits, Stored::Fine), 0.0)
+        }
     };
     let (d, m) = (f16::from_f32(d), f16::from_f32(m));
     let lattice = simple_lattice(grid, d.to_bits(), m.to_bits());

@@ -43,15 +43,14 @@ pub enum Isa {
 impl Isa {
     /// The best instruction set of this machine.
     pub fn detect() -> Isa {
-        Isa::available().first().copied().unwrap_or(Isa::Scalar)
+        Isa::BEST_FIRST.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
     }
+
+    const BEST_FIRST: [Isa; 5] = [Isa::Avx512, Isa::Avx2, Isa::NeonI8mm, Isa::Neon, Isa::Scalar];
 
     /// Every instruction set of this machine, the best first.
     pub fn available() -> Vec<Isa> {
-        [Isa::Avx512, Isa::Avx2, Isa::NeonI8mm, Isa::Neon, Isa::Scalar]
-            .into_iter()
-            .filter(|isa| isa.is_available())
-            .collect()
+        Isa::BEST_FIRST.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
     /// Whether this machine has it. The standard library asks the processor once and remembers.
@@ -95,6 +94,13 @@ impl Isa {
         }
     }
 
+    /// Runs work as compiled for this instruction set, or for the target's baseline where the machine lacks it.
+    /// Results are the same everywhere: the compiler neither reorders nor fuses floating-point operations.
+    #[inline]
+    pub fn vectorise<W: Vectorise>(self, work: W) -> W::Output {
+        self.run(Plain(work))
+    }
+
     /// The dispatch point: runs `kernel` with this instruction set, or scalar where the machine lacks it.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -116,6 +122,26 @@ impl Isa {
             }
             _ => kernel.run(scalar::Scalar),
         }
+    }
+}
+
+/// Work in plain Rust whose loops the compiler vectorises anew for each instruction set, see [`Isa::vectorise`].
+pub trait Vectorise {
+    /// What it returns.
+    type Output;
+    /// The work. Implementations, and all in them that is to be vectorised, are `#[inline(always)]`: what is not, is
+    /// compiled for the target's baseline.
+    fn run(self) -> Self::Output;
+}
+
+/// A [`Kernel`] that leaves its vectors to the compiler.
+struct Plain<W>(W);
+
+impl<W: Vectorise> Kernel for Plain<W> {
+    type Output = W::Output;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> W::Output {
+        self.0.run()
     }
 }
 
