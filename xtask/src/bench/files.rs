@@ -20,6 +20,8 @@ use crate::{Result, repo};
 const OPERATIONS: f64 = 8.0;
 /// The share of the peak at which these count.
 const SHARE: f64 = 0.5;
+/// Starts of the program that count.
+const STARTS: usize = 5;
 /// Bytes that a copy moves at a time.
 const STEP: usize = 8 << 20;
 
@@ -81,7 +83,7 @@ pub fn section(cpu: &Cpu, rounds: usize, arguments: &super::Arguments) -> Result
     );
     let side = Side::ours(&program, &output, cpu.threads(), 128);
     let (mut first, mut pure) = (Vec::new(), Vec::new());
-    for round in 0..=rounds.clamp(1, 3) {
+    for round in 0..=if arguments.quick { 1 } else { STARTS } {
         let pause = if arguments.quick { Duration::ZERO } else { Duration::from_millis(400) };
         let [from_start, warm] = first_token(&side, pause)?;
         // The first round warms the page cache.

@@ -7,7 +7,9 @@
 //! problem: [`gemm`](super::gemm) packs weights into panels, widened to f32.
 
 mod gemv;
+#[macro_use]
 mod packed;
+mod packed_gemv;
 mod rows;
 
 use self::rows::{Rows, Store};

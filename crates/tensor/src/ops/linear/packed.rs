@@ -8,6 +8,7 @@
 //! to a byte a code in memory that stays in the first-level cache ([`Unpack`]), and tiles of sums pass over them
 //! ([`Tiles`]).
 
+use super::packed_gemv::{FEW_CHUNK, gemv};
 use super::rows::{Rows, Store};
 use crate::ops::SharedMut;
 use crate::ops::gemm::FinishRows;
@@ -15,8 +16,6 @@ use crate::packed::{IQ4_TABLE, Layout, Packed, PackedFormat, ScaleKind, UNIT, Ze
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::{Cpu, Isa, Result, Weight};
 
-/// Columns of one task where one row of `x` is multiplied, at most: every task begins with memory that nobody asked for.
-pub(super) const FEW_CHUNK: usize = 256;
 /// Columns of one task of a matrix product, at most and at least.
 const MAX_CHUNK: usize = 128;
 const MIN_CHUNK: usize = 64;
@@ -29,19 +28,16 @@ const MIN_ROWS: usize = 192;
 const MAX_ROWS: usize = 512;
 /// Bytes between what is read and what is asked for while panels are widened.
 const AHEAD: usize = 2048;
-/// The same while one row streams panels. Processors follow four streams by themselves; what is asked for far ahead
-/// was seen to disturb them (Zen 4: up to a third of the bandwidth at 2048 for codes of 6 bits).
-const STREAM_AHEAD: usize = 256;
 
 /// What the quantisation of `x` and the kernels depend on; parts that differ in it are multiplied one after the other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Shape {
     /// Steps that share a scale of `x`.
-    block: usize,
+    pub(super) block: usize,
     /// Steps of one integer sum: those that share a scale of the weights, within a block.
-    group: usize,
+    pub(super) group: usize,
     /// The zero point, where all groups have the same.
-    zero: Option<i32>,
+    pub(super) zero: Option<i32>,
     /// Bits of the largest magnitude of `x`, where it was fixed beforehand: then all blocks have one scale.
     range: Option<u32>,
 }
@@ -57,6 +53,9 @@ impl Shape {
         Shape { block, group: l.group.min(block), zero, range: packed.input_range().map(f32::to_bits) }
     }
 }
+
+/// Steps of `x` that share a scale, and steps of one integer sum, at most.
+pub(super) const MAX_GROUP: usize = 128;
 
 /// Steps of `x` that share a scale: codes of eight bits deserve finer ones, unless the weights' own steps are those of
 /// whole rows.
@@ -76,15 +75,15 @@ fn bias(isa: Isa, l: &Layout) -> i32 {
 
 /// Quantised rows of `x`, tile by tile: `[tile][step / 4][row]` codes, `[tile][block][row]` scales,
 /// `[tile][group][row]` sums of codes: negative and times the zero point, as integers, where that is fixed, else f32.
-struct X {
-    shape: Shape,
+pub(super) struct X {
+    pub(super) shape: Shape,
     /// Steps, a multiple of [`UNIT`].
-    k: usize,
+    pub(super) k: usize,
     blocks: usize,
     groups: usize,
-    codes: SharedMut<f32>,
-    scales: SharedMut<f32>,
-    sums: SharedMut<f32>,
+    pub(super) codes: SharedMut<f32>,
+    pub(super) scales: SharedMut<f32>,
+    pub(super) sums: SharedMut<f32>,
 }
 
 impl X {
@@ -199,7 +198,7 @@ macro_rules! each {
 /// # Safety
 /// `64 * BITS` readable bytes at `p`.
 #[inline(always)]
-unsafe fn unit<D: Dots, const BITS: usize>(d: D, p: *const u8, table: bool) -> [D::Q; 8] {
+pub(super) unsafe fn unit<D: Dots, const BITS: usize>(d: D, p: *const u8, table: bool) -> [D::Q; 8] {
     // SAFETY: the planes of a unit, as the layout puts them.
     unsafe {
         if BITS == 8 {
@@ -242,12 +241,12 @@ fn moved<D: Dots>(d: D, plane: D::Q, from: u32, to: u32, mask: u8) -> D::Q {
 
 /// Reads the scales of a span.
 #[derive(Clone, Copy)]
-struct Header<'a, D: Dots> {
-    d: D,
-    l: &'a Layout,
+pub(super) struct Header<'a, D: Dots> {
+    pub(super) d: D,
+    pub(super) l: &'a Layout,
     at: *const u8,
     /// Where nested: the numbers that scales and minima are multiples of.
-    outer: [D::F; 2],
+    pub(super) outer: [D::F; 2],
     bias: f32,
 }
 
@@ -255,7 +254,7 @@ impl<'a, D: Dots> Header<'a, D> {
     /// # Safety
     /// A whole header at `at`.
     #[inline(always)]
-    unsafe fn new(d: D, l: &'a Layout, at: *const u8) -> Header<'a, D> {
+    pub(super) unsafe fn new(d: D, l: &'a Layout, at: *const u8) -> Header<'a, D> {
         let zero = d.splat_f(0.0);
         // SAFETY: the caller's promise; a nested header begins with sixteen scales, then minima if there are any.
         let outer = unsafe {
@@ -273,17 +272,35 @@ impl<'a, D: Dots> Header<'a, D> {
     /// # Safety
     /// The span has such a group.
     #[inline(always)]
-    unsafe fn scale(&self, g: usize) -> D::F {
+    pub(super) unsafe fn scale(&self, g: usize) -> D::F {
         // SAFETY: inside the header.
         unsafe {
             match self.l.format.scale {
                 ScaleKind::F16 => self.d.load_f16(self.at.add(2 * LANES * g)),
                 ScaleKind::BF16 => self.d.load_bf16(self.at.add(2 * LANES * g)),
-                ScaleKind::Nested => {
-                    self.d.mul(self.outer[0], self.d.load_i8(self.at.add(self.l.sub_scales + LANES * g)))
-                }
+                ScaleKind::Nested => self.d.mul(self.outer[0], self.inner_scale(g)),
             }
         }
+    }
+
+    /// Where nested: what `outer[0]` is multiplied with to be the scales of group `g`.
+    ///
+    /// # Safety
+    /// As for [`Header::scale`].
+    #[inline(always)]
+    pub(super) unsafe fn inner_scale(&self, g: usize) -> D::F {
+        // SAFETY: inside the header.
+        unsafe { self.d.load_i8(self.at.add(self.l.sub_scales + LANES * g)) }
+    }
+
+    /// Where nested: what `outer[1]` is multiplied with to be taken off in group `g`.
+    ///
+    /// # Safety
+    /// As for [`Header::scale`]; the format has minima.
+    #[inline(always)]
+    pub(super) unsafe fn inner_minimum(&self, g: usize) -> D::F {
+        // SAFETY: inside the header.
+        unsafe { self.d.load_u8(self.at.add(self.l.sub_minima + LANES * g)) }
     }
 
     /// What is added to `scale * code` in group `g`, for codes as the kernels take them.
@@ -291,7 +308,7 @@ impl<'a, D: Dots> Header<'a, D> {
     /// # Safety
     /// As for [`Header::scale`].
     #[inline(always)]
-    unsafe fn minimum(&self, g: usize, scale: D::F) -> D::F {
+    pub(super) unsafe fn minimum(&self, g: usize, scale: D::F) -> D::F {
         let (d, l) = (self.d, self.l);
         // SAFETY: inside the header.
         unsafe {
@@ -301,7 +318,9 @@ impl<'a, D: Dots> Header<'a, D> {
                     let above = d.fma(byte(), d.splat_f(-1.0), d.splat_f(self.bias));
                     d.mul(scale, above)
                 }
-                (ZeroKind::Minima, ScaleKind::Nested) => d.mul(d.mul(self.outer[1], byte()), d.splat_f(-1.0)),
+                (ZeroKind::Minima, ScaleKind::Nested) => {
+                    d.mul(d.mul(self.outer[1], self.inner_minimum(g)), d.splat_f(-1.0))
+                }
                 (ZeroKind::Minima, _) => d.load_f16(self.at.add(l.minima + 2 * LANES * g)),
                 (ZeroKind::Fixed(_), _) => d.splat_f(0.0),
             }
@@ -321,115 +340,6 @@ macro_rules! for_bits {
             _ => $self.$of::<D, 8>($d),
         }
     };
-}
-
-/// Panels that one row of `x` is multiplied with side by side: a single stream does not keep the memory busy.
-const STREAMS: usize = 4;
-
-/// One row of `x` times [`STREAMS`] panels of one layout: `sums[16 i ..]`.
-struct Gemv<'a> {
-    layout: &'a Layout,
-    panels: [*const u8; STREAMS],
-    /// What is read afterwards: asked for towards the end.
-    next: [*const u8; STREAMS],
-    x: &'a X,
-    sums: &'a mut [f32; STREAMS * LANES],
-}
-
-impl DotKernel for Gemv<'_> {
-    #[inline(always)]
-    fn run<D: Dots>(self, d: D) {
-        for_bits!(self.layout.format.bits, self.of(d))
-    }
-}
-
-impl Gemv<'_> {
-    #[inline(always)]
-    fn of<D: Dots, const BITS: usize>(self, d: D) {
-        // SAFETY: whoever made this found the panels; they are whole.
-        unsafe {
-            // Only formats of these widths have groups of half a unit.
-            if matches!(BITS, 2 | 3 | 6) && self.x.shape.group == 16 {
-                panels::<D, BITS, true>(d, self.layout, self.x, self.panels, self.next, self.sums);
-            } else {
-                panels::<D, BITS, false>(d, self.layout, self.x, self.panels, self.next, self.sums);
-            }
-        }
-    }
-}
-
-/// Panels times the one row of `x`.
-///
-/// # Safety
-/// Panels of the layout at `p`; `x` holds one row of as many steps.
-#[inline(always)]
-unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool>(
-    d: D,
-    l: &Layout,
-    x: &X,
-    mut p: [*const u8; STREAMS],
-    next: [*const u8; STREAMS],
-    out: &mut [f32; STREAMS * LANES],
-) {
-    let ends = p.map(|p| p.wrapping_add(l.span_bytes * l.spans).addr());
-    let zero = d.splat_f(0.0);
-    let (mut total, mut sum, mut acc) = ([zero; STREAMS], [zero; STREAMS], [d.splat_i(0); STREAMS]);
-    let units = x.k / UNIT;
-    let Shape { group, block, .. } = x.shape;
-    let fixed = x.shape.zero.is_some();
-    let mut u = 0;
-    // SAFETY: spans, units and groups as the layout counts them; `x` has as many.
-    unsafe {
-        while u < units {
-            for within in 0..(l.span / UNIT).min(units - u) {
-                let steps = x.codes.at(u * (UNIT / 4)).cast::<i32>().cast_const();
-                let last = u + 1 == units;
-                let block_ends = (u + 1) * UNIT == (u * UNIT / block + 1) * block || last;
-                for i in 0..STREAMS {
-                    let codes = p[i].add(l.header + within * 64 * BITS);
-                    let mut ahead = codes.wrapping_add(STREAM_AHEAD);
-                    if ahead.addr() >= ends[i] {
-                        ahead = next[i].wrapping_add(ahead.addr() - ends[i]);
-                    }
-                    for line in (0..64 * BITS).step_by(64) {
-                        d.prefetch(ahead.wrapping_add(line));
-                    }
-                    let header = Header::new(d, l, p[i]);
-                    let q = unit::<D, BITS>(d, codes, l.format.table);
-                    for half in 0..if HALVES { 2 } else { 1 } {
-                        let at = u * UNIT + half * 16;
-                        let g = if HALVES { 2 * u + half } else { at / group };
-                        if HALVES || at == g * group {
-                            acc[i] = d.splat_i(if fixed { x.sums.at(g).cast::<i32>().read() } else { 0 });
-                        }
-                        for s in half * 4..if HALVES { half * 4 + 4 } else { 8 } {
-                            acc[i] = d.dot(acc[i], q[s], steps.add(s));
-                        }
-                        if HALVES || at + UNIT == (g + 1) * group || last {
-                            let stored = if HALVES { 2 * within + half } else { within * UNIT / l.group };
-                            let scale = header.scale(stored);
-                            sum[i] = d.fma(d.to_f(acc[i]), scale, sum[i]);
-                            if !fixed {
-                                sum[i] =
-                                    d.fma(header.minimum(stored, scale), d.splat_f(*x.sums.at(g)), sum[i]);
-                            }
-                        }
-                    }
-                    if block_ends {
-                        total[i] = d.fma(sum[i], d.splat_f(*x.scales.at(u * UNIT / block)), total[i]);
-                        sum[i] = zero;
-                    }
-                }
-                u += 1;
-            }
-            for i in 0..STREAMS {
-                p[i] = p[i].add(l.span_bytes);
-            }
-        }
-        for i in 0..STREAMS {
-            d.store_f(out.as_mut_ptr().add(i * LANES), total[i]);
-        }
-    }
 }
 
 /// Memory of one task of a matrix product, for tiles of `panels` panels: codes `[step / 4][panel][64]`, scales and
@@ -807,7 +717,7 @@ impl Fold {
 
 /// Where sixteen columns come from.
 #[allow(clippy::large_enum_variant, reason = "a few of them live on the stack, and none is moved in a loop")]
-enum Source<'a> {
+pub(super) enum Source<'a> {
     /// Rows of no part.
     Nothing,
     /// One panel.
@@ -825,7 +735,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    fn source(&self, column: usize) -> Source<'a> {
+    pub(super) fn source(&self, column: usize) -> Source<'a> {
         let (row, count) = self.run(column);
         if count == 0 {
             return Source::Nothing;
@@ -921,71 +831,6 @@ pub(super) fn linear(
         }
     }
     Ok(())
-}
-
-/// The panels of a set of sources that are whole panels, of one layout; where there are fewer than streams, some twice.
-fn side_by_side<'a>(sources: &[Source<'a>; STREAMS]) -> Option<(&'a Packed, [*const u8; STREAMS])> {
-    let mut panels =
-        sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
-    let (packed, panel) = panels.next()?;
-    if panels.any(|(p, _)| p.layout != packed.layout) {
-        return None;
-    }
-    let panels = std::array::from_fn(|i| match sources[i] {
-        Source::Panel(packed, panel) => packed.panel(panel),
-        _ => packed.panel(panel),
-    });
-    Some((packed, panels))
-}
-
-fn gemv(isa: Isa, x: &X, column: usize, threads: usize, store: &Store<'_>) {
-    let rows = store.rows;
-    let chunk = rows.chunk;
-    let sources_at = |column: usize, first: usize| -> [Source<'_>; STREAMS] {
-        std::array::from_fn(|i| match first + i * LANES {
-            at if at < chunk => rows.source(column + at),
-            _ => Source::Nothing,
-        })
-    };
-    let mut sums = [0f32; FEW_CHUNK];
-    let mut sources = sources_at(column, 0);
-    for first in (0..chunk).step_by(STREAMS * LANES) {
-        // Threads take chunks in turn, so this thread's next one is probably as many further as there are threads.
-        let after = match first + STREAMS * LANES {
-            at if at < chunk => sources_at(column, at),
-            _ => sources_at(column + threads * chunk, 0),
-        };
-        let mut out = [0f32; STREAMS * LANES];
-        if let Some((packed, panels)) = side_by_side(&sources) {
-            let next = side_by_side(&after).map_or(panels, |(_, next)| next);
-            dot::run(isa, Gemv { layout: &packed.layout, panels, next, x, sums: &mut out });
-        } else {
-            for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
-                if let Source::Panel(packed, panel) = *source {
-                    out.copy_from_slice(&alone(isa, x, packed, panel));
-                }
-            }
-        }
-        for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
-            let Source::Mixed(lanes) = source else { continue };
-            for (out, lane) in out.iter_mut().zip(lanes) {
-                let Some((packed, row)) = *lane else { continue };
-                *out = alone(isa, x, packed, row / LANES)[row % LANES];
-            }
-        }
-        let count = out.len().min(chunk - first);
-        sums[first..first + count].copy_from_slice(&out[..count]);
-        sources = after;
-    }
-    isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums[..chunk], chunk });
-}
-
-/// The sums of one panel.
-fn alone(isa: Isa, x: &X, packed: &Packed, panel: usize) -> [f32; LANES] {
-    let mut out = [0f32; STREAMS * LANES];
-    let panels = [packed.panel(panel); STREAMS];
-    dot::run(isa, Gemv { layout: &packed.layout, panels, next: panels, x, sums: &mut out });
-    std::array::from_fn(|i| out[i])
 }
 
 /// One chunk of columns of a matrix product, in memory of its own.

@@ -1,0 +1,315 @@
+//! One row of quantised `x` times packed weights: decoding. What is read once should only be waited for, so everything
+//! that is not a product is kept out of the inner loop.
+
+use super::packed::{Header, MAX_GROUP, Source, X, unit};
+use super::rows::Store;
+use crate::Isa;
+use crate::ops::gemm::FinishRows;
+use crate::packed::{Layout, Packed, ScaleKind, UNIT, ZeroKind};
+use crate::simd::dot::{self, DotKernel, Dots, LANES};
+
+/// Columns of one task where one row of `x` is multiplied, at most: every task begins with memory that nobody asked for.
+pub(super) const FEW_CHUNK: usize = 256;
+/// Bytes between what is read and what is asked for. Processors follow four streams by themselves; what is asked for far
+/// ahead was seen to disturb them (Zen 4: up to a third of the bandwidth at 1024, and 8 % at 256 where units are large).
+const fn stream_ahead(bits: usize) -> usize {
+    if bits == 8 { 128 } else { 256 }
+}
+
+/// Panels that one row of `x` is multiplied with side by side: a single stream does not keep the memory busy.
+const STREAMS: usize = 4;
+
+/// One row of `x` times [`STREAMS`] panels of one layout: `sums[16 i ..]`.
+struct Gemv<'a> {
+    layout: &'a Layout,
+    panels: [*const u8; STREAMS],
+    /// What is read afterwards: asked for towards the end.
+    next: [*const u8; STREAMS],
+    x: &'a X,
+    sums: &'a mut [f32; STREAMS * LANES],
+}
+
+impl DotKernel for Gemv<'_> {
+    #[inline(always)]
+    fn run<D: Dots>(self, d: D) {
+        for_bits!(self.layout.format.bits, self.of(d))
+    }
+}
+
+impl Gemv<'_> {
+    #[inline(always)]
+    fn of<D: Dots, const BITS: usize>(self, d: D) {
+        // Only formats of these widths have groups of half a unit, and a table has sixteen values.
+        let (halves, table) = (self.x.shape.group == 16, self.layout.format.table);
+        // SAFETY: whoever made this found the panels; they are whole.
+        unsafe {
+            match (BITS, halves, table) {
+                (2 | 3 | 6, true, _) => self.panels::<D, BITS, true, false>(d),
+                (4, _, true) => self.panels::<D, BITS, false, true>(d),
+                _ => self.panels::<D, BITS, false, false>(d),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`panels`].
+    #[inline(always)]
+    unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bool>(self, d: D) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            panels::<D, BITS, HALVES, TABLE>(d, self.layout, self.x, self.panels, self.next, self.sums);
+        }
+    }
+}
+
+/// Panels times the one row of `x`.
+///
+/// # Safety
+/// Panels of the layout at `p`; `x` holds one row of as many steps.
+#[inline(always)]
+unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bool>(
+    d: D,
+    l: &Layout,
+    x: &X,
+    p: [*const u8; STREAMS],
+    next: [*const u8; STREAMS],
+    out: &mut [f32; STREAMS * LANES],
+) {
+    let (units, span) = (x.k / UNIT, l.span / UNIT);
+    let per_block = x.shape.block / UNIT;
+    let per_group = if HALVES { 1 } else { x.shape.group / UNIT };
+    let fixed = x.shape.zero.is_some();
+    let nested = l.format.scale == ScaleKind::Nested;
+    let zero = d.splat_f(0.0);
+    let mut total = [zero; STREAMS];
+    let (mut at, mut within, mut first) = (p, 0, 0);
+    // SAFETY: spans, units and groups as the layout counts them; `x` has as many.
+    unsafe {
+        let mut steps = x.codes.at(0).cast::<i32>().cast_const();
+        let mut x_sums = x.sums.at(0).cast_const();
+        let mut x_scales = x.scales.at(0).cast_const();
+        while first < units {
+            let mut left = per_block.min(units - first);
+            first += left;
+            if first == units {
+                for line in (0..2 * stream_ahead(BITS)).step_by(64) {
+                    for next in next {
+                        d.prefetch(next.wrapping_add(line));
+                    }
+                }
+            }
+            let mut sum = [zero; STREAMS];
+            while left > 0 {
+                // What is of one span.
+                let here = left.min(span - within);
+                let headers = each!(I in [0 1 2 3] => Header::new(d, l, at[I]));
+                let mut codes = each!(I in [0 1 2 3] => at[I].add(l.header + within * 64 * BITS));
+                // The group's number in the span; a whole row has one.
+                let mut g = if HALVES {
+                    2 * within
+                } else if l.group > MAX_GROUP {
+                    0
+                } else {
+                    within / per_group
+                };
+                let mut scaled =
+                    Scaled { products: if nested { [zero; STREAMS] } else { sum }, minima: [zero; STREAMS] };
+                let mut rest = here;
+                while rest > 0 {
+                    let count = per_group.min(rest);
+                    rest -= count;
+                    let start = if fixed { x_sums.cast::<i32>().read() } else { 0 };
+                    let mut acc = [d.splat_i(start); STREAMS];
+                    for _ in 0..count {
+                        if HALVES {
+                            let second = if fixed { x_sums.add(1).cast::<i32>().read() } else { 0 };
+                            let both = each!(I in [0 1 2 3] => {
+                                let q = ahead::<D, BITS, TABLE>(d, codes[I]);
+                                let low = d.splat_i(start);
+                                [products(d, low, &q, 0, steps), products(d, d.splat_i(second), &q, 4, steps)]
+                            });
+                            scaled.add(&headers, g, each!(I in [0 1 2 3] => both[I][0]), x_sums);
+                            acc = each!(I in [0 1 2 3] => both[I][1]);
+                            g += 1;
+                            x_sums = x_sums.add(1);
+                        } else {
+                            acc = each!(I in [0 1 2 3] => {
+                                let q = ahead::<D, BITS, TABLE>(d, codes[I]);
+                                products(d, products(d, acc[I], &q, 0, steps), &q, 4, steps)
+                            });
+                        }
+                        steps = steps.add(UNIT / 4);
+                        codes = codes.map(|codes| codes.add(64 * BITS));
+                    }
+                    scaled.add(&headers, g, acc, x_sums);
+                    g += 1;
+                    x_sums = x_sums.add(1);
+                }
+                sum = scaled.onto(&headers, sum);
+                left -= here;
+                within += here;
+                if within == span {
+                    within = 0;
+                    at = at.map(|at| at.wrapping_add(l.span_bytes));
+                }
+            }
+            let scale = d.splat_f(x_scales.read());
+            x_scales = x_scales.add(1);
+            total = each!(I in [0 1 2 3] => d.fma(sum[I], scale, total[I]));
+        }
+        for i in 0..STREAMS {
+            d.store_f(out.as_mut_ptr().add(i * LANES), total[i]);
+        }
+    }
+}
+
+/// The codes of a unit; those behind it are asked for.
+///
+/// # Safety
+/// As for [`unit`].
+#[inline(always)]
+unsafe fn ahead<D: Dots, const BITS: usize, const TABLE: bool>(d: D, codes: *const u8) -> [D::Q; 8] {
+    for line in (0..64 * BITS).step_by(64) {
+        d.prefetch(codes.wrapping_add(stream_ahead(BITS) + line));
+    }
+    // SAFETY: the caller's promise.
+    unsafe { unit::<D, BITS>(d, codes, TABLE) }
+}
+
+/// `acc` and the products of four vectors of codes from `first` on.
+///
+/// # Safety
+/// The `x` of the whole unit at `steps`.
+#[inline(always)]
+unsafe fn products<D: Dots>(d: D, mut acc: D::I, q: &[D::Q; 8], first: usize, steps: *const i32) -> D::I {
+    for s in first..first + 4 {
+        // SAFETY: the caller's promise.
+        acc = unsafe { d.dot(acc, q[s], steps.add(s)) };
+    }
+    acc
+}
+
+/// Sums of groups of a span, and those before it. What all groups of the span are multiplied with waits for its end:
+/// then sums begin anew.
+struct Scaled<D: Dots> {
+    products: [D::F; STREAMS],
+    minima: [D::F; STREAMS],
+}
+
+impl<D: Dots> Scaled<D> {
+    /// Adds group `g` of the span.
+    ///
+    /// # Safety
+    /// The headers have such a group, and `x_sum` points to the group's sum of `x`.
+    #[inline(always)]
+    unsafe fn add(
+        &mut self,
+        headers: &[Header<'_, D>; STREAMS],
+        g: usize,
+        acc: [D::I; STREAMS],
+        x_sum: *const f32,
+    ) {
+        let (d, format) = (headers[0].d, &headers[0].l.format);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if format.scale == ScaleKind::Nested {
+                self.products = each!(I in [0 1 2 3] => {
+                    d.fma(d.to_f(acc[I]), headers[I].inner_scale(g), self.products[I])
+                });
+                if !matches!(format.zero, ZeroKind::Fixed(_)) {
+                    let less = d.splat_f(-*x_sum);
+                    self.minima =
+                        each!(I in [0 1 2 3] => d.fma(headers[I].inner_minimum(g), less, self.minima[I]));
+                }
+                return;
+            }
+            let scales = each!(I in [0 1 2 3] => headers[I].scale(g));
+            self.products = each!(I in [0 1 2 3] => d.fma(d.to_f(acc[I]), scales[I], self.products[I]));
+            if !matches!(format.zero, ZeroKind::Fixed(_)) {
+                let x_sum = d.splat_f(*x_sum);
+                self.products = each!(I in [0 1 2 3] => {
+                    d.fma(headers[I].minimum(g, scales[I]), x_sum, self.products[I])
+                });
+            }
+        }
+    }
+
+    /// These and what was before.
+    #[inline(always)]
+    fn onto(self, headers: &[Header<'_, D>; STREAMS], before: [D::F; STREAMS]) -> [D::F; STREAMS] {
+        let (d, format) = (headers[0].d, &headers[0].l.format);
+        if format.scale != ScaleKind::Nested {
+            return self.products;
+        }
+        let sums = each!(I in [0 1 2 3] => d.fma(self.products[I], headers[I].outer[0], before[I]));
+        match format.zero {
+            ZeroKind::Fixed(_) => sums,
+            _ => each!(I in [0 1 2 3] => d.fma(self.minima[I], headers[I].outer[1], sums[I])),
+        }
+    }
+}
+
+/// The panels of a set of sources that are whole panels, of one layout; where there are fewer than streams, some twice.
+fn side_by_side<'a>(sources: &[Source<'a>; STREAMS]) -> Option<(&'a Packed, [*const u8; STREAMS])> {
+    let mut panels =
+        sources.iter().filter_map(|s| if let Source::Panel(p, i) = *s { Some((p, i)) } else { None });
+    let (packed, panel) = panels.next()?;
+    if panels.any(|(p, _)| p.layout != packed.layout) {
+        return None;
+    }
+    let panels = std::array::from_fn(|i| match sources[i] {
+        Source::Panel(packed, panel) => packed.panel(panel),
+        _ => packed.panel(panel),
+    });
+    Some((packed, panels))
+}
+
+pub(super) fn gemv(isa: Isa, x: &X, column: usize, threads: usize, store: &Store<'_>) {
+    let rows = store.rows;
+    let chunk = rows.chunk;
+    let sources_at = |column: usize, first: usize| -> [Source<'_>; STREAMS] {
+        std::array::from_fn(|i| match first + i * LANES {
+            at if at < chunk => rows.source(column + at),
+            _ => Source::Nothing,
+        })
+    };
+    let mut sums = [0f32; FEW_CHUNK];
+    let mut sources = sources_at(column, 0);
+    for first in (0..chunk).step_by(STREAMS * LANES) {
+        // Threads take chunks in turn, so this thread's next one is probably as many further as there are threads.
+        let after = match first + STREAMS * LANES {
+            at if at < chunk => sources_at(column, at),
+            _ => sources_at(column + threads * chunk, 0),
+        };
+        let mut out = [0f32; STREAMS * LANES];
+        if let Some((packed, panels)) = side_by_side(&sources) {
+            let next = side_by_side(&after).map_or(panels, |(_, next)| next);
+            dot::run(isa, Gemv { layout: &packed.layout, panels, next, x, sums: &mut out });
+        } else {
+            for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
+                if let Source::Panel(packed, panel) = *source {
+                    out.copy_from_slice(&alone(isa, x, packed, panel));
+                }
+            }
+        }
+        for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
+            let Source::Mixed(lanes) = source else { continue };
+            for (out, lane) in out.iter_mut().zip(lanes) {
+                let Some((packed, row)) = *lane else { continue };
+                *out = alone(isa, x, packed, row / LANES)[row % LANES];
+            }
+        }
+        let count = out.len().min(chunk - first);
+        sums[first..first + count].copy_from_slice(&out[..count]);
+        sources = after;
+    }
+    isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums[..chunk], chunk });
+}
+
+/// The sums of one panel.
+fn alone(isa: Isa, x: &X, packed: &Packed, panel: usize) -> [f32; LANES] {
+    let mut out = [0f32; STREAMS * LANES];
+    let panels = [packed.panel(panel); STREAMS];
+    dot::run(isa, Gemv { layout: &packed.layout, panels, next: panels, x, sums: &mut out });
+    std::array::from_fn(|i| out[i])
+}
