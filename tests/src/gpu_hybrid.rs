@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use pocketglm::gpu::{Gpu, GpuOptions};
 use pocketglm::{
-    DeviceFault, Engine, EngineOptions, Error, Fallback, GenerateOptions, KvFormat, Message, Part, Picture,
-    PreparedPrompt, Request, Session,
+    DeviceFault, Engine, EngineOptions, Error, Fallback, GenerateOptions, KvFormat, Message, OpRange, Part,
+    Picture, PreparedPrompt, Recogniser, Request, Session, Sound,
 };
 
 use crate::golden::path;
@@ -81,6 +81,54 @@ fn every_number_of_layers_on_the_gpu_gives_the_answers_of_the_processor() {
     assert!(all > least);
     for layers in [0, 1, 3] {
         assert!(seen.contains(&layers), "{seen:?}");
+    }
+}
+
+/// Ops before, in and behind layers, in the vision encoder, and the cache's writer and reader apart.
+#[test]
+fn every_range_of_ops_on_the_gpu_gives_the_answers_of_the_processor() {
+    let Some(gpu) = gpu() else { return };
+    let wanted = answers(&open(EngineOptions { prefill_chunk: 61, ..options() }));
+    let all = Engine::ops(path("default"), &options()).unwrap();
+    let last = all.len() - 1;
+    let append = all.iter().position(|op| op.name.starts_with("norm_qkv_rope_append")).unwrap();
+    for (first, until) in [
+        (0, 0),
+        (0, 9),
+        (3, append),
+        (append, append),
+        (append + 1, last),
+        (append + 3, append + 12),
+        (last - 3, last),
+        (last, last),
+        (0, last),
+    ] {
+        let before = gpu.allocated();
+        let end = |n: usize| Some(n.to_string());
+        let device_ops = OpRange { from: end(first), until: end(until) };
+        let engine = open(EngineOptions { device_ops, ..with(&gpu, None) });
+        assert_eq!(answers(&engine), wanted, "{first} to {until}");
+        let names = format!("{} to {}", all[first].name, all[until].name);
+        assert!(engine.device().contains("gpu") || until < append, "{names}: {}", engine.device());
+        drop(engine);
+        assert_eq!(gpu.allocated(), before, "{names}");
+    }
+}
+
+#[test]
+fn ranges_of_a_speech_checkpoint_on_the_gpu_give_the_processor_s_text() {
+    let Some(gpu) = gpu() else { return };
+    let samples: Vec<f32> = (0..20_000).map(|i| ((i * i % 977) as f32 / 488.0 - 1.0) * 0.7).collect();
+    let sound = Sound::frames(&samples, 1, 16_000).unwrap();
+    let text = |options: EngineOptions| {
+        Recogniser::open(path("hear/base"), options).unwrap().transcribe(&sound, 1).unwrap().text
+    };
+    let wanted = text(options());
+    let ops = Recogniser::ops(path("hear/base"), &options()).unwrap().len();
+    for first in 0..ops {
+        let [from, until] = [first, (first + 4).min(ops - 1)].map(|n| Some(n.to_string()));
+        let device_ops = OpRange { from, until };
+        assert_eq!(text(EngineOptions { device_ops, ..with(&gpu, None) }), wanted, "from {first}");
     }
 }
 

@@ -11,7 +11,8 @@ use crate::fallback::{Decoder, Encoder, Move};
 use crate::model::{Model, ModelInfo};
 use crate::placement::Devices;
 use crate::plan::{RunSize, plan};
-use crate::{EngineOptions, Error, Fallback, MemoryPlan, Prompt, Request, Result, Session};
+use crate::range::Ranged;
+use crate::{EngineOptions, Error, Fallback, MemoryPlan, OpPlace, Prompt, Request, Result, Session};
 
 /// A loaded checkpoint. Clones share it; it can be used from any thread.
 #[derive(Clone)]
@@ -89,6 +90,17 @@ impl Engine {
         }
         let memory = plan(&model, &devices, &size)?;
         Ok((model.info(), memory))
+    }
+
+    /// The ops of a checkpoint in the order in which they run, and which of them are in the range of
+    /// [`EngineOptions::device_ops`].
+    ///
+    /// # Errors
+    /// As [`Engine::inspect`], and a range that names no op.
+    pub fn ops(path: impl AsRef<Path>, options: &EngineOptions) -> Result<Vec<OpPlace>> {
+        let model = Model::open(path.as_ref(), options)?;
+        let programs = model.programs();
+        Ok(Ranged::new(&options.device_ops, &programs)?.places(&programs))
     }
 
     /// What the checkpoint is.

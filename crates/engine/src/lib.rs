@@ -19,6 +19,7 @@ mod placement;
 mod plan;
 mod prompt;
 pub mod quantise;
+mod range;
 mod recogniser;
 mod request;
 mod session;
@@ -43,6 +44,7 @@ pub use pocketglm_wav2vec::{
     Chunking, Precision as AudioPrecision, RecogniserInfo, Stream, Transcript, Word,
 };
 pub use prompt::Prompt;
+pub use range::{OpPlace, OpRange};
 pub use recogniser::{Recogniser, TranscribeOptions};
 pub use request::{Content, Message, Part, Request};
 pub use session::{FinishReason, Generation, Piece, Session, Timings};
