@@ -18,6 +18,7 @@ pub use preprocess::{Access, Binding, Error, Variant, bindings};
 /// Every file by its name below `wgsl/`.
 pub const FILES: &[(&str, &str)] = &[
     ("argmax.wgsl", include_str!("../wgsl/argmax.wgsl")),
+    ("arithmetic_rate.wgsl", include_str!("../wgsl/arithmetic_rate.wgsl")),
     ("attention_combine.wgsl", include_str!("../wgsl/attention_combine.wgsl")),
     ("attention_decode_coop.wgsl", include_str!("../wgsl/attention_decode_coop.wgsl")),
     ("attention_plain.wgsl", include_str!("../wgsl/attention_plain.wgsl")),

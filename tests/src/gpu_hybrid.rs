@@ -155,6 +155,35 @@ fn a_gpu_that_goes_away_is_a_typed_error_within_a_second() {
 }
 
 #[test]
+fn a_gpu_that_does_not_answer_in_time_is_a_typed_error_or_the_processor_goes_on() {
+    let wanted = answers(&open(EngineOptions { prefill_chunk: 61, ..options() }));
+    // No patience at all: what is waited for never comes.
+    let hanging = GpuOptions {
+        software: true,
+        untested: true,
+        patience: Some(Duration::ZERO),
+        ..GpuOptions::default()
+    };
+    if gpu().is_none() {
+        return;
+    }
+    for fallback in [Fallback::Error, Fallback::Cpu] {
+        let gpu = Gpu::open(&hanging).unwrap();
+        let engine = open(EngineOptions { fallback, ..with(&gpu, None) });
+        if fallback == Fallback::Cpu {
+            assert_eq!(answers(&engine), wanted);
+            assert!(engine.device_failure().unwrap().contains("no progress within 0 s"));
+        } else {
+            let prompt = engine.prompt(&requests()[1]).unwrap();
+            let error = tokens(&mut engine.session(), &prompt, &exactly(10)).unwrap_err();
+            assert_eq!(error.device_fault(), Some(DeviceFault::Timeout), "{error}");
+        }
+        drop(engine);
+        assert_eq!(gpu.allocated(), 0);
+    }
+}
+
+#[test]
 fn the_processor_goes_on_with_the_same_text_when_the_gpu_goes_away() {
     let wanted = answers(&open(EngineOptions { prefill_chunk: 61, ..options() }));
     let whole = |gpu: &Gpu| with(gpu, None);

@@ -116,12 +116,20 @@ impl Engine {
         }
     }
 
+    /// The backend of the options, for measuring it.
+    pub fn device_backend(&self) -> Option<&Arc<dyn Backend>> {
+        self.inner.options.backend.as_ref()
+    }
+
     /// Bytes that a large copy in the device's memory moves in a second, where the device is not the processor.
     ///
     /// # Errors
     /// A device that fails.
     pub fn copy_rate(&self) -> Result<Option<f64>> {
-        Ok(self.inner.backend.copy_rate()?)
+        match &self.inner.options.backend {
+            Some(device) => Ok(device.copy_rate()?),
+            None => Ok(None),
+        }
     }
 
     /// The graphs that run, by name: for reports.

@@ -1,11 +1,12 @@
 //! The backend: an open device that compiles graphs.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pocketglm_graph::ops::Op;
-use pocketglm_graph::{Backend, Bindings, Graph, PlacedMemory, Program, ProgramMemory, Result, Value};
-use pocketglm_kernels::Variant;
+use pocketglm_graph::{
+    Arithmetic, Backend, Bindings, DeviceFault, Graph, PlacedMemory, Program, ProgramMemory, Result,
+    RunProfile, Value,
+};
 use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
 
 use crate::device::Device;
@@ -13,6 +14,7 @@ use crate::features::start_up_test;
 use crate::options::{GpuInfo, GpuOptions};
 use crate::plan::{PARAMETERS, Places};
 use crate::program::WgpuProgram;
+use crate::rates;
 use crate::state::KvLayout;
 use crate::weights::Form;
 
@@ -75,41 +77,24 @@ impl Backend for WgpuBackend {
     }
 
     fn copy_rate(&self) -> Result<Option<f64>> {
-        const ROUNDS: u64 = 20;
-        let device = &self.device;
-        let bytes = (1u64 << 30).min(device.binding_limit()) / 16 * 16;
-        let buffers = [device.storage("copy", bytes)?, device.storage("copy", bytes)?];
-        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-        let count = device.buffer("copy", 16, usage)?;
-        device.write(&count, 0, &((bytes / 16) as u32).to_le_bytes())?;
-        let pipeline = device.pipelines.get(device, &Variant::new("copy_rate.wgsl"))?;
-        let entries = [&count, &buffers[0], &buffers[1]];
-        let entries: Vec<wgpu::BindGroupEntry<'_>> = (0..)
-            .zip(entries)
-            .map(|(binding, b)| wgpu::BindGroupEntry { binding, resource: b.raw.as_entire_binding() })
-            .collect();
-        let group = device.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some("copy"),
-            layout: &pipeline.layout,
-            entries: &entries,
-        });
-        let mut best = f64::INFINITY;
-        // A card that was idle takes a moment to clock up, so the best of several blocks counts.
-        for _ in 0..8 {
-            let mut encoder = device.device.create_command_encoder(&Default::default());
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            pass.set_pipeline(&pipeline.raw);
-            pass.set_bind_group(0, &group, &[]);
-            for _ in 0..ROUNDS {
-                pass.dispatch_workgroups(4096, 1, 1);
-            }
-            drop(pass);
-            let start = Instant::now();
-            let index = device.submit(encoder)?;
-            device.wait(index)?;
-            best = best.min(start.elapsed().as_secs_f64());
+        rates::copy(&self.device).map(Some)
+    }
+
+    fn arithmetic_rates(&self) -> Result<Vec<(Arithmetic, f64)>> {
+        rates::arithmetic(&self.device)
+    }
+
+    fn profile(&self, on: bool) -> Result<()> {
+        if on && !self.device.has_timestamps() {
+            let what = "the adapter offers no timestamps, so that ops cannot be timed";
+            return Err(self.device.error(DeviceFault::Unsupported, what));
         }
-        Ok(Some((2 * bytes * ROUNDS) as f64 / best.max(1e-9)))
+        self.device.profile.set(on);
+        Ok(())
+    }
+
+    fn take_profile(&self) -> Vec<RunProfile> {
+        self.device.profile.take()
     }
 
     fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {

@@ -156,6 +156,8 @@ pub(crate) struct Step {
     pub slots: Vec<(u32, Slot)>,
     pub words: Vec<Word>,
     pub groups: Groups,
+    /// Operations of the whole node, at its first dispatch.
+    pub operations: f64,
 }
 
 /// Workgroups of a dispatch.

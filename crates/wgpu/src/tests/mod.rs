@@ -3,6 +3,7 @@
 
 mod cases;
 mod faults;
+mod pace;
 
 use std::sync::Arc;
 
