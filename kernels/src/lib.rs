@@ -51,6 +51,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("swiglu.wgsl", include_str!("../wgsl/swiglu.wgsl")),
     ("to_f16.wgsl", include_str!("../wgsl/to_f16.wgsl")),
     ("top_k.wgsl", include_str!("../wgsl/top_k.wgsl")),
+    ("top_k_sort.wgsl", include_str!("../wgsl/top_k_sort.wgsl")),
     ("unary.wgsl", include_str!("../wgsl/unary.wgsl")),
     ("weighted_gather.wgsl", include_str!("../wgsl/weighted_gather.wgsl")),
     ("shared/functions.wgsl", include_str!("../wgsl/shared/functions.wgsl")),

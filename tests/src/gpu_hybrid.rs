@@ -169,16 +169,19 @@ fn a_gpu_that_does_not_answer_in_time_is_a_typed_error_or_the_processor_goes_on(
     }
     for fallback in [Fallback::Error, Fallback::Cpu] {
         let gpu = Gpu::open(&hanging).unwrap();
-        let engine = open(EngineOptions { fallback, ..with(&gpu, None) });
+        let engine = Engine::open(path("default"), EngineOptions { fallback, ..with(&gpu, None) });
         if fallback == Fallback::Cpu {
+            let engine = engine.unwrap();
             assert_eq!(answers(&engine), wanted);
             assert!(engine.device_failure().unwrap().contains("no progress within 0 s"));
         } else {
-            let prompt = engine.prompt(&requests()[1]).unwrap();
-            let error = tokens(&mut engine.session(), &prompt, &exactly(10)).unwrap_err();
+            let answer = |engine: Engine| {
+                let prompt = engine.prompt(&requests()[1])?;
+                tokens(&mut engine.session(), &prompt, &exactly(10))
+            };
+            let error = engine.and_then(answer).unwrap_err();
             assert_eq!(error.device_fault(), Some(DeviceFault::Timeout), "{error}");
         }
-        drop(engine);
         assert_eq!(gpu.allocated(), 0);
     }
 }
