@@ -106,7 +106,7 @@ fn a_matrix_in_many_parts_gives_the_processor_s_tokens() {
 fn caches_in_f16_and_int8_give_the_processor_s_tokens() {
     let Some(backend) = open(GpuOptions::default()) else { return };
     // A last bit of a key may round the other way on the two: steps of 2^-11 and 1/127 of a head's largest value.
-    for (kv, bound) in [(KvFormat::F16, 1e-3), (KvFormat::Int8, 6e-2)] {
+    for (kv, bound) in [(KvFormat::F16, 1e-3), (KvFormat::Int8, 1e-3)] {
         let options = || EngineOptions { kv, ..EngineOptions::default() };
         assert!(every(&["default", "kv-heads-8-2"], &backend, options, bound) >= 2);
     }

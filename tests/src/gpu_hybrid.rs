@@ -155,6 +155,36 @@ fn a_gpu_that_goes_away_is_a_typed_error_within_a_second() {
 }
 
 #[test]
+fn the_plan_holds_what_is_allocated_and_hardly_more() {
+    let Some(gpu) = gpu() else { return };
+    for checkpoint in ["default", "real-head-dim", "tied"] {
+        let inspect = |budget| Engine::inspect(path(checkpoint), &with(&gpu, Some(budget)), None).unwrap().1;
+        let least = inspect(0).placement.unwrap().least.unwrap();
+        for (what, budget) in [("all", None), ("one layer", Some(least)), ("two layers", Some(2 * least))] {
+            for kv in [KvFormat::F32, KvFormat::F16] {
+                let engine =
+                    Engine::open(path(checkpoint), EngineOptions { kv, ..with(&gpu, budget) }).unwrap();
+                let loaded = gpu.allocated();
+                let ids = (0..250u32).map(|i| 3 + i * 31 % 300).collect();
+                let prompt = engine.prompt(&Request::InputIds(ids)).unwrap();
+                let planned = engine.plan(&prompt, 10).unwrap().device_total();
+                let (mut session, how) = (engine.session(), exactly(10));
+                let mut generation = session.generate(&prompt, &how).unwrap();
+                let mut most = loaded;
+                while let Some(piece) = generation.next() {
+                    piece.unwrap();
+                    most = most.max(gpu.allocated());
+                }
+                println!(
+                    "{checkpoint} {what} {kv:?}: loaded {loaded}, most {most}, planned {planned}: {:.3}",
+                    planned as f64 / most as f64
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_gpu_that_does_not_answer_in_time_is_a_typed_error_or_the_processor_goes_on() {
     let wanted = answers(&open(EngineOptions { prefill_chunk: 61, ..options() }));
     // No patience at all: what is waited for never comes.

@@ -59,9 +59,10 @@ impl WgpuBackend {
         self.device.allocated()
     }
 
-    /// Whether large products go through cooperative matrices, in half precision.
-    pub fn uses_cooperative_matrices(&self) -> bool {
-        self.device.cooperative()
+    /// Kinds of the kernels that runs were made of since the last call: files with their flags.
+    #[doc(hidden)]
+    pub fn take_kernels(&self) -> std::collections::BTreeSet<String> {
+        self.device.pipelines.take_asked()
     }
 
     /// Destroys the device, as a driver's reset would: for testing how a program recovers. Everything that was made with

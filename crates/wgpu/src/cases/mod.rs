@@ -9,6 +9,7 @@
 mod attention;
 mod comparison;
 mod draft;
+mod frames;
 mod gather;
 mod products;
 mod simple;
@@ -154,6 +155,7 @@ impl Case {
 pub fn all() -> Result<Vec<Case>> {
     let mut list = Vec::new();
     simple::cases(&mut list)?;
+    frames::cases(&mut list)?;
     gather::cases(&mut list)?;
     products::cases(&mut list)?;
     attention::cases(&mut list)?;

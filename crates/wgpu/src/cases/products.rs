@@ -81,6 +81,9 @@ fn epilogues(list: &mut Vec<Case>) -> Result<()> {
         (DType::F32, 66, 70, 36),
         (DType::F32, 5, 33, 33),
         (DType::F16, 40, 66, 40),
+        (DType::F16, 5, 33, 33),
+        (DType::BF16, 40, 66, 40),
+        (DType::BF16, 5, 33, 33),
         (q4, 1, 70, 64),
         (q4, 34, 70, 96),
     ] {
@@ -146,15 +149,19 @@ fn swiglu(d: &Draft, g: &mut GraphBuilder<'_>, dtype: DType, x: Value, [n, k]: [
 /// Norms in front, one and two.
 fn norms(list: &mut Vec<Case>) -> Result<()> {
     let q8 = DType::Block(Block::Q8_0);
-    for dtype in [DType::F32, DType::F16, q8, DType::Block(Block::Q4_K)] {
+    for dtype in [DType::F32, DType::F16, DType::BF16, q8, DType::Block(Block::Q4_K)] {
         for m in [1, 5, 34] {
-            let (n, k) = (66, if dtype == DType::F16 { 68 } else { 256 });
+            let (n, k) = (66, if matches!(dtype, DType::F16 | DType::BF16) { 68 } else { 256 });
             let bound = match (dtype.is_quantised(), m) {
                 (true, 1) => INT8_ACTIVATIONS,
                 _ => scales_bound(dtype),
             };
-            for layer in [false, true] {
-                let extra = if layer { " behind a layer norm" } else { " behind an RMS norm" };
+            for (layer, bias) in [(false, true), (false, false), (true, true)] {
+                let extra = match (layer, bias) {
+                    (true, _) => " behind a layer norm",
+                    (false, true) => " behind an RMS norm",
+                    (false, false) => " behind an RMS norm, no bias",
+                };
                 let about = About::new("norm_linear", form(dtype, [m, n, k], extra), bound);
                 list.push(about.fused(&["norm_linear"]).build(|d, g| {
                     let x = d.x(g, "x", &[m, k])?;
@@ -165,7 +172,7 @@ fn norms(list: &mut Vec<Case>) -> Result<()> {
                     } else {
                         d.rms(g, "n", x, k)?
                     };
-                    d.linear(g, "l", dtype, x, [n, k], true)
+                    d.linear(g, "l", dtype, x, [n, k], bias)
                 })?);
             }
             let extra = " behind a sum and two norms, gate and up";

@@ -4,6 +4,7 @@
 mod cases;
 mod faults;
 mod pace;
+mod valid;
 
 use std::sync::Arc;
 
