@@ -157,28 +157,36 @@ fn a_gpu_that_goes_away_is_a_typed_error_within_a_second() {
 #[test]
 fn the_plan_holds_what_is_allocated_and_hardly_more() {
     let Some(gpu) = gpu() else { return };
+    // Parameters of dispatches and read-back buffers are planned for more sizes of runs than a short answer has.
+    let allowed = |most: u64| most + most / 33 + (48 << 10);
     for checkpoint in ["default", "real-head-dim", "tied"] {
         let inspect = |budget| Engine::inspect(path(checkpoint), &with(&gpu, Some(budget)), None).unwrap().1;
         let least = inspect(0).placement.unwrap().least.unwrap();
         for (what, budget) in [("all", None), ("one layer", Some(least)), ("two layers", Some(2 * least))] {
             for kv in [KvFormat::F32, KvFormat::F16] {
-                let engine =
-                    Engine::open(path(checkpoint), EngineOptions { kv, ..with(&gpu, budget) }).unwrap();
-                let loaded = gpu.allocated();
+                let before = gpu.allocated();
+                let options = EngineOptions { kv, ..with(&gpu, budget) };
+                let engine = Engine::open(path(checkpoint), options).unwrap();
+                let loaded = gpu.allocated() - before;
                 let ids = (0..250u32).map(|i| 3 + i * 31 % 300).collect();
                 let prompt = engine.prompt(&Request::InputIds(ids)).unwrap();
-                let planned = engine.plan(&prompt, 10).unwrap().device_total();
+                let plan = engine.plan(&prompt, 10).unwrap();
+                let planned = plan.device_total();
+                let weights: u64 =
+                    plan.parts.iter().filter(|p| p.name.ends_with("weights")).map(|p| p.device).sum();
                 let (mut session, how) = (engine.session(), exactly(10));
                 let mut generation = session.generate(&prompt, &how).unwrap();
                 let mut most = loaded;
                 while let Some(piece) = generation.next() {
                     piece.unwrap();
-                    most = most.max(gpu.allocated());
+                    most = most.max(gpu.allocated() - before);
                 }
-                println!(
-                    "{checkpoint} {what} {kv:?}: loaded {loaded}, most {most}, planned {planned}: {:.3}",
-                    planned as f64 / most as f64
-                );
+                let told =
+                    format!("{checkpoint} {what} {kv:?}: loaded {loaded}, most {most}, planned {plan}");
+                assert!(weights >= loaded && weights <= allowed(loaded), "{told}");
+                assert!(planned >= most && planned <= allowed(most), "{planned}; {told}");
+                // Small as they are, the models are not so small that the allowance decides.
+                assert!(what != "all" || most > 4 * (48 << 10), "{told}");
             }
         }
     }

@@ -11,9 +11,10 @@ use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
 
 use crate::device::Device;
 use crate::features::start_up_test;
+use crate::held::joined_biases;
 use crate::options::{GpuInfo, GpuOptions};
 use crate::plan::{PARAMETERS, Places};
-use crate::program::WgpuProgram;
+use crate::program::{RECIPES, WgpuProgram};
 use crate::rates;
 use crate::state::KvLayout;
 use crate::weights::Form;
@@ -128,7 +129,7 @@ pub(crate) fn memory_of(device: &Device, graph: &Graph, bindings: &Bindings) -> 
                     memory.weights += form.bytes(rows, k);
                 }
             }
-            Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
+            Op::Weight(_) | Op::Constant(_) => memory.converted += elements.next_multiple_of(4) * 4,
             Op::State(s) => {
                 let shape = places.plan.shape(Value::of(i, 0));
                 let format = KvFormat::of(s.dtype).unwrap_or_default();
@@ -136,13 +137,34 @@ pub(crate) fn memory_of(device: &Device, graph: &Graph, bindings: &Bindings) -> 
                     memory.states += KvLayout::new(device, format, heads, d)?.bytes(capacity);
                 }
             }
-            _ if node.load_time => memory.converted += elements * 4,
+            _ if node.load_time => memory.converted += elements.next_multiple_of(4) * 4,
             _ => {}
         }
     }
-    // Parameters of the dispatches: a few for each node.
-    memory.scratch = graph.dispatches() as u64 * 4 * PARAMETERS as u64 * 4;
+    let rows = |v: Value| places.plan.shape(v).first().copied().unwrap_or(0);
+    for node in graph.nodes().iter().filter(|n| !n.load_time) {
+        memory.converted += joined_biases(node, rows);
+    }
+    // Vectors are one buffer, which has a word at least.
+    memory.converted = memory.converted.max(4);
+    memory.scratch = parameters(device, graph) + results(graph, &places);
     Ok(memory)
+}
+
+/// Bytes of the parameters of all dispatches: of as many recipes as are kept, with no more than three dispatches for a node of a
+/// prompt on average.
+fn parameters(device: &Device, graph: &Graph) -> u64 {
+    let align = u64::from(device.limits.min_uniform_buffer_offset_alignment);
+    let slot = (PARAMETERS as u64 * 4).next_multiple_of(align);
+    RECIPES as u64 * graph.dispatches() as u64 * 3 * slot
+}
+
+/// Bytes of the buffers that results are read from. A buffer serves results down to a quarter of its size, so that those of
+/// smaller runs are at most a third of the largest again.
+fn results(graph: &Graph, places: &Places) -> u64 {
+    let of = |(_, value): &(String, Value)| places.plan.shape(*value).iter().product::<usize>() as u64 * 4;
+    let largest: u64 = graph.outputs().iter().map(of).sum();
+    largest + largest / 3 + 4096
 }
 
 fn size(places: &Places, node: usize, port: usize) -> u64 {

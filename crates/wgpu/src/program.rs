@@ -21,7 +21,7 @@ use crate::readback::{Pending, Piece, Pool};
 use crate::state::{DeviceState, own, resized};
 
 /// Recipes kept: prefill chunk, its remainder, decode, and one to spare.
-const RECIPES: usize = 4;
+pub(crate) const RECIPES: usize = 4;
 /// Most workgroups along one dimension of a dispatch.
 const MOST_GROUPS: u64 = 65_535;
 
