@@ -175,9 +175,8 @@ fn the_plan_holds_what_is_allocated_and_hardly_more() {
                 let weights: u64 =
                     plan.parts.iter().filter(|p| p.name.ends_with("weights")).map(|p| p.device).sum();
                 let (mut session, how) = (engine.session(), exactly(10));
-                let mut generation = session.generate(&prompt, &how).unwrap();
                 let mut most = loaded;
-                while let Some(piece) = generation.next() {
+                for piece in session.generate(&prompt, &how).unwrap() {
                     piece.unwrap();
                     most = most.max(gpu.allocated() - before);
                 }

@@ -27,7 +27,7 @@ fn run_all(options: &GpuOptions, fuse: bool) -> Option<(usize, Vec<String>)> {
             },
         }
     }
-    assert!(refused <= 16, "{refused} cases were refused");
+    assert!(refused <= 20, "{refused} cases were refused");
     Some((compared, wrong))
 }
 
