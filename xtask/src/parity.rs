@@ -121,9 +121,7 @@ fn list(gpu: &WgpuBackend, cpu: &Arc<Cpu>) -> Result<(usize, BTreeSet<String>)> 
             gpu.take_kernels();
             let found = case.run(gpu, fuse);
             let kernels = gpu.take_kernels();
-            // Half precision is allowed where it was used, and nowhere else.
-            let cooperative = kernels.iter().any(|k| k.contains("_coop"));
-            let bound = if cooperative { case.cooperative } else { case.bound };
+            let bound = case.bound_of(&kernels);
             covered.extend(kernels);
             let difference = match found {
                 Ok(found) => cases::compare(&wanted, &found, bound).map_err(|d| d.to_string()),

@@ -14,7 +14,7 @@ mod gather;
 mod products;
 mod simple;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use pocketglm_graph::{
@@ -84,6 +84,15 @@ impl Case {
     /// Op and form.
     pub fn name(&self) -> String {
         format!("{}: {}", self.op, self.form)
+    }
+
+    /// How far results may be from the reference where these kinds of kernels gave them: half precision is allowed where it was
+    /// used, and nowhere else.
+    pub fn bound_of(&self, kernels: &BTreeSet<String>) -> Bound {
+        match kernels.iter().any(|kernel| kernel.contains("_coop")) {
+            true => self.cooperative,
+            false => self.bound,
+        }
     }
 
     /// The graph as it is built, or fused.
