@@ -32,13 +32,12 @@ fn kernels_on_cooperative_matrices_are_valid_in_every_variant() {
             variants.push(flags.into_iter().fold(Variant::new(file), Variant::flag));
         }
     }
-    for file in
-        ["flash_attention_coop_64.wgsl", "flash_attention_coop_80.wgsl", "flash_attention_coop_128.wgsl"]
-    {
+    for (d4, wide) in [(16, None), (20, Some("D80")), (32, Some("D128"))] {
         for flags in [&["SEGMENTS"][..], &["CAUSAL"], &["CAUSAL", "KV_F16"]] {
             for subgroups in [4, 8] {
-                let variant = Variant::new(file).value("NS", subgroups);
-                variants.push(flags.iter().fold(variant, |v, f| v.flag(f)));
+                let variant =
+                    Variant::new("flash_attention_coop.wgsl").value("D4", d4).value("NS", subgroups);
+                variants.push(wide.iter().chain(flags).fold(variant, |v, f| v.flag(f)));
             }
         }
     }
