@@ -143,6 +143,20 @@ fn sampling_gives_the_processor_s_text_for_the_same_seed() {
             assert_eq!(answer(&mut gpu.session(), &prompt, &how), wanted, "{checkpoint} {sampling:?}");
             texts.push(wanted.text);
         }
+        // How many tokens came from candidates: all but the first where they decide, none where every logit is needed.
+        for (at, wanted) in [(1, 15), (3, 15), (7, 0), (8, 0)] {
+            let how = GenerateOptions { sampling: settings[at].clone(), ..exactly(16) };
+            if backend.profile(true).is_err() {
+                break;
+            }
+            answer(&mut gpu.session(), &prompt, &how);
+            let of_candidates = |run: &pocketglm::RunProfile| {
+                run.ops.iter().any(|op| op.kernels.iter().any(|kernel| kernel.starts_with("top_k")))
+            };
+            let found = backend.take_profile().iter().filter(|run| of_candidates(run)).count();
+            backend.profile(false).unwrap();
+            assert_eq!(found, wanted, "{checkpoint} {:?}", settings[at]);
+        }
         texts.sort();
         texts.dedup();
         assert!(texts.len() > settings.len() / 2, "the settings make no difference: {texts:?}");
