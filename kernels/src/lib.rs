@@ -18,6 +18,7 @@ pub use preprocess::{Access, Binding, Error, Variant, bindings};
 /// Every file by its name below `wgsl/`.
 pub const FILES: &[(&str, &str)] = &[
     ("argmax.wgsl", include_str!("../wgsl/argmax.wgsl")),
+    ("arithmetic_rate.wgsl", include_str!("../wgsl/arithmetic_rate.wgsl")),
     ("attention_combine.wgsl", include_str!("../wgsl/attention_combine.wgsl")),
     ("attention_decode_coop.wgsl", include_str!("../wgsl/attention_decode_coop.wgsl")),
     ("attention_plain.wgsl", include_str!("../wgsl/attention_plain.wgsl")),
@@ -27,9 +28,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("copy.wgsl", include_str!("../wgsl/copy.wgsl")),
     ("copy_rate.wgsl", include_str!("../wgsl/copy_rate.wgsl")),
     ("flash_attention.wgsl", include_str!("../wgsl/flash_attention.wgsl")),
-    ("flash_attention_coop_128.wgsl", include_str!("../wgsl/flash_attention_coop_128.wgsl")),
-    ("flash_attention_coop_64.wgsl", include_str!("../wgsl/flash_attention_coop_64.wgsl")),
-    ("flash_attention_coop_80.wgsl", include_str!("../wgsl/flash_attention_coop_80.wgsl")),
+    ("flash_attention_coop.wgsl", include_str!("../wgsl/flash_attention_coop.wgsl")),
     ("frame_conv.wgsl", include_str!("../wgsl/frame_conv.wgsl")),
     ("gather_rows.wgsl", include_str!("../wgsl/gather_rows.wgsl")),
     ("gemm.wgsl", include_str!("../wgsl/gemm.wgsl")),
@@ -50,6 +49,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("swiglu.wgsl", include_str!("../wgsl/swiglu.wgsl")),
     ("to_f16.wgsl", include_str!("../wgsl/to_f16.wgsl")),
     ("top_k.wgsl", include_str!("../wgsl/top_k.wgsl")),
+    ("top_k_sort.wgsl", include_str!("../wgsl/top_k_sort.wgsl")),
     ("unary.wgsl", include_str!("../wgsl/unary.wgsl")),
     ("weighted_gather.wgsl", include_str!("../wgsl/weighted_gather.wgsl")),
     ("shared/functions.wgsl", include_str!("../wgsl/shared/functions.wgsl")),

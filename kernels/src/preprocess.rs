@@ -70,6 +70,16 @@ impl Variant {
         self
     }
 
+    /// The file with its flags, and without the numbers that sizes of tensors and of a device give it: what is another kernel and not
+    /// the same one with other sizes.
+    pub fn kind(&self) -> String {
+        let flags = self.defines.iter().filter(|(_, value)| value.is_empty()).map(|(name, _)| *name);
+        let mut flags: Vec<&str> = flags.collect();
+        flags.sort_unstable();
+        let file = self.file.trim_end_matches(".wgsl");
+        std::iter::once(file).chain(flags).collect::<Vec<_>>().join(" ")
+    }
+
     /// The file.
     pub fn file(&self) -> &'static str {
         self.file

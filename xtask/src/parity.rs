@@ -1,8 +1,14 @@
 //! `cargo xtask parity`: what a GPU computes, held against the processor's scalar kernels, op by op.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use pocketglm::gpu::Gpu;
+use pocketglm::{
+    Engine, EngineOptions, GenerateOptions, KvFormat, Message, Part, Picture, Recogniser, Request, Sampling,
+    Sound,
+};
 use pocketglm_checkpoint::{Checkpoint, OpenOptions};
 use pocketglm_glm::{Trace, decoder};
 use pocketglm_graph::{
@@ -86,23 +92,38 @@ fn compare(arguments: &Arguments) -> Result<Parity> {
     repo::print(&format!("{}: {}\n", arguments.backend, gpu.describe()))?;
     let cpu = Arc::new(Cpu::with_isa(Isa::Scalar, 1)?);
     let compared = match &arguments.model {
-        None => list(&gpu, &cpu)?,
+        None => {
+            let (compared, covered) = list(&gpu, &cpu)?;
+            let used = models(&options)?;
+            uncovered(&covered, &used)?;
+            repo::print(&format!(
+                "all {} kinds of kernels that models use are among the {} of the case list\n",
+                used.len(),
+                covered.len()
+            ))?;
+            compared
+        }
         Some(folder) => model(&gpu, cpu, folder)?,
     };
     Ok(Parity::Compared(compared))
 }
 
-/// Runs the case list, fused and unfused; the first op that differs is named first.
-fn list(gpu: &WgpuBackend, cpu: &Arc<Cpu>) -> Result<usize> {
+/// Runs the case list, fused and unfused; the first op that differs is named first. Gives the kinds of kernels that it ran as
+/// well.
+fn list(gpu: &WgpuBackend, cpu: &Arc<Cpu>) -> Result<(usize, BTreeSet<String>)> {
     let (mut compared, mut problems) = (0, Vec::new());
     let mut worst: Vec<(&str, usize, f64)> = Vec::new();
-    let cooperative = gpu.uses_cooperative_matrices();
+    let mut covered = BTreeSet::new();
     for case in cases::all()? {
         let wanted = case.wanted(cpu)?;
-        let bound = if cooperative { case.cooperative } else { case.bound };
         for fuse in [false, true] {
             let how = if fuse { "fused" } else { "unfused" };
-            let difference = match case.run(gpu, fuse) {
+            gpu.take_kernels();
+            let found = case.run(gpu, fuse);
+            let kernels = gpu.take_kernels();
+            let bound = case.bound_of(&kernels);
+            covered.extend(kernels);
+            let difference = match found {
                 Ok(found) => cases::compare(&wanted, &found, bound).map_err(|d| d.to_string()),
                 Err(e) => Err(e.to_string()),
             };
@@ -119,7 +140,84 @@ fn list(gpu: &WgpuBackend, cpu: &Arc<Cpu>) -> Result<usize> {
     let mut rows = vec![["op", "compared", "worst distance"].map(String::from).to_vec()];
     rows.extend(worst.iter().map(|(op, n, d)| vec![(*op).into(), n.to_string(), format!("{d:.1e}")]));
     repo::print(&repo::table(&rows))?;
-    verdict(compared, problems)
+    Ok((verdict(compared, problems)?, covered))
+}
+
+/// Kinds of kernels that the models' programs are made of on this device: every tiny checkpoint, with a prompt, a picture, a
+/// recording, and tokens one at a time, in each type of cache.
+fn models(options: &GpuOptions) -> Result<BTreeSet<String>> {
+    let gpu = Gpu::open(options).map_err(|e| failed("parity", &e))?;
+    for (checkpoint, kv, fuse) in MODELS {
+        let engine = EngineOptions {
+            backend: Some(gpu.backend()),
+            kv: *kv,
+            fuse: *fuse,
+            context: 512,
+            ..EngineOptions::default()
+        };
+        run_model(&repo::root().join("tests/golden").join(checkpoint), engine)
+            .map_err(|e| failed(checkpoint, &e))?;
+    }
+    Ok(gpu.take_kernels())
+}
+
+/// The checkpoints that show what models use: heads, caches and formats of every kind.
+const MODELS: &[(&str, KvFormat, bool)] = &[
+    ("default", KvFormat::F32, true),
+    ("default", KvFormat::F32, false),
+    ("default", KvFormat::F16, true),
+    ("default", KvFormat::Int8, true),
+    ("real-head-dim", KvFormat::F16, true),
+    ("kv-heads-1", KvFormat::F32, true),
+    ("merge-3", KvFormat::F32, true),
+    ("temporal-1", KvFormat::F32, true),
+    ("bf16", KvFormat::F16, true),
+    ("f16", KvFormat::F32, true),
+    ("tied", KvFormat::F32, true),
+    ("gguf/text.gguf", KvFormat::F16, true),
+    ("gguf/text.gguf", KvFormat::Int8, true),
+    ("hear/base", KvFormat::F32, true),
+    ("hear/base", KvFormat::F32, false),
+    ("hear/large", KvFormat::F32, true),
+    ("hear/base-odd-kernel", KvFormat::F32, true),
+];
+
+fn run_model(folder: &Path, options: EngineOptions) -> pocketglm::Result<()> {
+    if Recogniser::is_one(folder) {
+        let samples: Vec<f32> = (0..8000).map(|i| (i as f32 * 0.05).sin()).collect();
+        let sound = Sound::frames(&samples, 1, 16_000)?;
+        Recogniser::open(folder, options)?.transcribe(&sound, 1)?;
+        return Ok(());
+    }
+    let engine = Engine::open(folder, options)?;
+    let pixels = (0..64 * 90 * 3).map(|i| (i * 7 % 251) as u8).collect();
+    let parts = vec![Part::Image(Picture::rgb8(64, 90, pixels)?), Part::Text("What is it?".into())];
+    let ids = (0..70).map(|i| 3 + i * 31 % 300).collect();
+    let sampling = Sampling { temperature: 1.0, top_k: 8, ..Sampling::default() };
+    let greedy = GenerateOptions { max_new_tokens: 4, ignore_eos: true, ..GenerateOptions::default() };
+    let drawn = GenerateOptions { sampling, ..greedy.clone() };
+    let mut session = engine.session();
+    let text = engine.prompt(&Request::InputIds(ids))?;
+    session.generate(&text, &greedy)?.text()?;
+    session.forward(&text)?;
+    if engine.info().vision_blocks > 0 {
+        let picture = engine.prompt(&Request::Messages(vec![Message::parts("user", parts)]))?;
+        session.generate(&picture, &drawn)?.text()?;
+    }
+    Ok(())
+}
+
+fn failed(place: &str, error: &pocketglm::Error) -> Error {
+    Error::Content { place: place.into(), wanted: "a run on the GPU".into(), found: error.to_string() }
+}
+
+/// Fails where models use kernels that no case holds against the processor.
+fn uncovered(covered: &BTreeSet<String>, used: &BTreeSet<String>) -> Result<()> {
+    let missing: Vec<String> = used
+        .difference(covered)
+        .map(|kernel| format!("no case runs the kernel `{kernel}`, which a model uses"))
+        .collect();
+    if missing.is_empty() { Ok(()) } else { Err(Error::Problems { check: "parity", problems: missing }) }
 }
 
 fn verdict(compared: usize, problems: Vec<String>) -> Result<usize> {
@@ -182,4 +280,18 @@ fn decode(
         all.push(program.run(&mut state, &inputs, &bindings)?);
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_only_models_use_is_told() {
+        let set = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<BTreeSet<_>>();
+        let covered = set(&["gemm BIAS", "norm", "rope HALF"]);
+        assert!(uncovered(&covered, &set(&["norm", "gemm BIAS"])).is_ok());
+        let error = uncovered(&covered, &set(&["norm", "rope", "gemm"])).unwrap_err().to_string();
+        assert!(error.contains("`rope`") && error.contains("`gemm`") && !error.contains("`norm`"), "{error}");
+    }
 }

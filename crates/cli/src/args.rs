@@ -35,6 +35,9 @@ pub struct ModelArgs {
     #[cfg(feature = "wgpu")]
     #[arg(long, value_enum, default_value_t = Fallback::Error)]
     pub gpu_fallback: Fallback,
+    #[cfg(feature = "wgpu")]
+    #[command(flatten)]
+    pub range: RangeArgs,
     /// Threads; 0 takes as many as the system offers.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -71,6 +74,27 @@ pub struct ModelArgs {
     /// Show no progress and no statistics.
     #[arg(long)]
     pub quiet: bool,
+}
+
+/// Which ops the GPU runs, where it is not to run all.
+#[cfg(feature = "wgpu")]
+#[derive(Args, Clone, Debug, Default)]
+pub struct RangeArgs {
+    /// Run the ops before OP on the processor, to find the one that computes a wrong result. OP is a number or name as
+    /// `info --ops` lists them, or a block such as model.language_model.layers.3.
+    #[arg(long, value_name = "OP")]
+    pub gpu_from: Option<String>,
+    /// Run the ops behind OP on the processor.
+    #[arg(long, value_name = "OP")]
+    pub gpu_until: Option<String>,
+}
+
+#[cfg(feature = "wgpu")]
+impl RangeArgs {
+    /// The engine's option.
+    pub fn ops(&self) -> pocketglm::OpRange {
+        pocketglm::OpRange { from: self.gpu_from.clone(), until: self.gpu_until.clone() }
+    }
 }
 
 /// What runs the model.
@@ -202,6 +226,7 @@ impl ModelArgs {
         #[cfg(feature = "wgpu")]
         let options = EngineOptions {
             device_memory: self.gpu_memory,
+            device_ops: self.range.ops(),
             fallback: match self.gpu_fallback {
                 Fallback::Error => pocketglm::Fallback::Error,
                 Fallback::Cpu => pocketglm::Fallback::Cpu,

@@ -2,6 +2,7 @@
 //! its parts; decoding behind a long context.
 
 mod meter;
+mod ops;
 mod serve;
 mod speech;
 mod step;
@@ -49,6 +50,10 @@ pub struct BenchArgs {
     /// between programs. See `serve.rs`.
     #[arg(long, hide = true, conflicts_with_all = ["image", "step", "depth"])]
     serve: bool,
+    /// Also time every kind of op on the GPU, in one more round: time, bytes, operations, and what part of the GPU's limits they
+    /// reach.
+    #[arg(long, conflicts_with = "serve")]
+    per_op: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -103,10 +108,19 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let new_tokens = rounds.iter().map(|t| t.generated_tokens).min().unwrap_or(0);
     let peak = peak_memory();
 
+    let per_op = match args.per_op {
+        true => Some(ops::measure(engine.device_backend(), || {
+            let mut session = engine.session();
+            begin(&mut session, engine, &prompt, &options, args.model.memory)?.text()?;
+            Ok(())
+        })?),
+        false => None,
+    };
+
     let mut out = Out::new();
     let prompt_tokens = prompt.token_ids().len();
     if args.json {
-        out.json(&json!({
+        let mut object = json!({
             "device": engine.device(),
             "load_s": load,
             "prompt_tokens": prompt_tokens,
@@ -120,7 +134,9 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
             "copy_bytes_per_s": engine.copy_rate()?,
             "peak_memory_bytes": peak,
             "planned_memory_bytes": planned,
-        }))?;
+        });
+        add(&mut object, per_op.as_ref());
+        out.json(&object)?;
         return Ok(ExitCode::SUCCESS);
     }
     out.line(&format!("device   {}", engine.device()))?;
@@ -132,7 +148,15 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     out.line(&format!("decode   {decode:.1} tokens/s ({new_tokens} tokens)"))?;
     out.line(&format!("memory   {} at the peak", peak.map_or("not measured on this system".into(), bytes)))?;
     out.line(&format!("planned  {}", bytes(planned)))?;
+    per_op.iter().try_for_each(|p| p.print(&mut out))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Adds what ops take to a report, where it was measured.
+fn add(object: &mut serde_json::Value, per_op: Option<&ops::PerOp>) {
+    if let Some(per_op) = per_op {
+        object["per_op"] = per_op.json();
+    }
 }
 
 /// Decoding alone, behind `depth` tokens that are computed once and not counted.
@@ -142,9 +166,16 @@ fn behind(args: &BenchArgs, engine: &Engine, load: f64, depth: usize) -> Result<
         (0..args.rounds).map(|_| meter.decode(args.max_new_tokens, depth)).collect::<Result<_, _>>()?;
     let middle = median(seconds.clone());
     let rate = args.max_new_tokens as f64 / middle.max(1e-9);
+    let per_op = match args.per_op {
+        // The tokens before are in the cache by now.
+        true => Some(ops::measure(engine.device_backend(), || {
+            meter.decode(args.max_new_tokens, depth).map(|_| ())
+        })?),
+        false => None,
+    };
     let mut out = Out::new();
     if args.json {
-        out.json(&json!({
+        let mut object = json!({
             "device": engine.device(),
             "load_s": load,
             "depth": depth,
@@ -154,11 +185,14 @@ fn behind(args: &BenchArgs, engine: &Engine, load: f64, depth: usize) -> Result<
             "decode_tokens_per_s": rate,
             "copy_bytes_per_s": engine.copy_rate()?,
             "peak_memory_bytes": peak_memory(),
-        }))?;
+        });
+        add(&mut object, per_op.as_ref());
+        out.json(&object)?;
     } else {
         out.line(&format!("device   {}", engine.device()))?;
         out.line(&format!("load     {load:.3} s"))?;
         out.line(&format!("decode   {rate:.1} tokens/s ({} tokens behind {depth})", args.max_new_tokens))?;
+        per_op.iter().try_for_each(|p| p.print(&mut out))?;
     }
     Ok(ExitCode::SUCCESS)
 }

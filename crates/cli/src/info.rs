@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use pocketglm::{Engine, MemoryPlan, MemoryUse, ModelInfo, Placement, Recogniser, RecogniserInfo};
+use pocketglm::{
+    Engine, EngineOptions, MemoryPlan, MemoryUse, ModelInfo, OpPlace, Placement, Recogniser, RecogniserInfo,
+};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, screen};
@@ -28,6 +30,9 @@ pub struct InfoArgs {
     /// Largest picture that the memory plan provides for, or `none`; 1080x2400 where the checkpoint takes pictures.
     #[arg(long, value_name = "WxH|none", value_parser = screen_or_none)]
     screen: Option<Screen>,
+    /// List the model's ops instead, in the order in which they run, with those that run on the GPU marked.
+    #[arg(long)]
+    ops: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -40,6 +45,9 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     // Inspecting takes a moment at most, so there is no bar.
     let opened = args.model.backend()?;
     let options = args.model.options_on(opened.as_ref().map(|o| o.backend.clone()), &Bars::new(true));
+    if args.ops {
+        return ops(args, &options);
+    }
     if Recogniser::is_one(&args.model.model) {
         return hears(args);
     }
@@ -72,6 +80,28 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     }
     if !args.json && opened.is_none() {
         out.line(&format!("{:LABEL$}{}", "device", device()?))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The list of ops, for `--gpu-from` and `--gpu-until`.
+fn ops(args: &InfoArgs, options: &EngineOptions) -> Result<ExitCode, Failure> {
+    let model = &args.model.model;
+    let ops = if Recogniser::is_one(model) {
+        Recogniser::ops(model, options)
+    } else {
+        Engine::ops(model, options)
+    }?;
+    let on_gpu = |op: &OpPlace| op.on_device && options.backend.is_some();
+    let mut out = Out::new();
+    if args.json {
+        let entry = |(i, op): (usize, &OpPlace)| json!({"op": i, "program": op.program, "name": op.name, "gpu": on_gpu(op)});
+        out.json(&json!({"ops": ops.iter().enumerate().map(entry).collect::<Vec<_>>()}))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (i, op) in ops.iter().enumerate() {
+        let place = if on_gpu(op) { "gpu" } else { "cpu" };
+        out.line(&format!("{i:>5}  {place}  {:8}{}", op.program, op.name))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -151,6 +181,7 @@ fn placement_json(placement: &Placement) -> Value {
         "vision": placement.vision,
         "budget": placement.budget,
         "least": placement.least,
+        "ops": placement.ops,
     })
 }
 

@@ -59,6 +59,9 @@ pub struct TranscribeArgs {
     #[cfg(feature = "wgpu")]
     #[arg(long, value_name = "NAME")]
     gpu: Option<String>,
+    #[cfg(feature = "wgpu")]
+    #[command(flatten)]
+    range: crate::args::RangeArgs,
     /// Threads; 0 takes as many as the system offers.
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -101,6 +104,8 @@ pub fn run(args: &TranscribeArgs) -> Result<ExitCode, Failure> {
         progress: bars.hook(),
         ..EngineOptions::default()
     };
+    #[cfg(feature = "wgpu")]
+    let options = EngineOptions { device_ops: args.range.ops(), ..options };
     let recogniser = Recogniser::open(&args.model, options)?;
     let mut out = Out::new();
     for path in &args.files {

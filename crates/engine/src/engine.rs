@@ -11,7 +11,8 @@ use crate::fallback::{Decoder, Encoder, Move};
 use crate::model::{Model, ModelInfo};
 use crate::placement::Devices;
 use crate::plan::{RunSize, plan};
-use crate::{EngineOptions, Error, Fallback, MemoryPlan, Prompt, Request, Result, Session};
+use crate::range::Ranged;
+use crate::{EngineOptions, Error, Fallback, MemoryPlan, OpPlace, Prompt, Request, Result, Session};
 
 /// A loaded checkpoint. Clones share it; it can be used from any thread.
 #[derive(Clone)]
@@ -91,6 +92,17 @@ impl Engine {
         Ok((model.info(), memory))
     }
 
+    /// The ops of a checkpoint in the order in which they run, and which of them are in the range of
+    /// [`EngineOptions::device_ops`].
+    ///
+    /// # Errors
+    /// As [`Engine::inspect`], and a range that names no op.
+    pub fn ops(path: impl AsRef<Path>, options: &EngineOptions) -> Result<Vec<OpPlace>> {
+        let model = Model::open(path.as_ref(), options)?;
+        let programs = model.programs();
+        Ok(Ranged::new(&options.device_ops, &programs)?.places(&programs))
+    }
+
     /// What the checkpoint is.
     pub fn info(&self) -> ModelInfo {
         self.inner.model.info()
@@ -104,12 +116,20 @@ impl Engine {
         }
     }
 
+    /// The backend of the options, for measuring it.
+    pub fn device_backend(&self) -> Option<&Arc<dyn Backend>> {
+        self.inner.options.backend.as_ref()
+    }
+
     /// Bytes that a large copy in the device's memory moves in a second, where the device is not the processor.
     ///
     /// # Errors
     /// A device that fails.
     pub fn copy_rate(&self) -> Result<Option<f64>> {
-        Ok(self.inner.backend.copy_rate()?)
+        match &self.inner.options.backend {
+            Some(device) => Ok(device.copy_rate()?),
+            None => Ok(None),
+        }
     }
 
     /// The graphs that run, by name: for reports.

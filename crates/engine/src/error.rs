@@ -135,6 +135,24 @@ pub enum Error {
         /// Bytes allowed.
         budget: u64,
     },
+    /// An end of a range of ops that names none.
+    #[error("no op is called `{wanted}`; close to it: `{}`; a number is below {ops}", near.join("`, `"))]
+    NoOp {
+        /// What was asked for.
+        wanted: String,
+        /// How many ops there are.
+        ops: usize,
+        /// Names that are close to it.
+        near: Vec<String>,
+    },
+    /// A range of ops without one.
+    #[error("the range of ops begins with {from} and ends before that, with {until}")]
+    NoOps {
+        /// Its first op.
+        from: String,
+        /// Its last op.
+        until: String,
+    },
     /// A prompt that does not fit the context.
     #[error("the prompt has {prompt} tokens, the context holds {context}")]
     Context {

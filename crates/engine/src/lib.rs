@@ -19,6 +19,7 @@ mod placement;
 mod plan;
 mod prompt;
 pub mod quantise;
+mod range;
 mod recogniser;
 mod request;
 mod session;
@@ -35,7 +36,8 @@ pub use plan::{MemoryPlan, MemoryUse};
 pub use pocketglm_bpe::ContentFormat;
 pub use pocketglm_checkpoint::ReadMode;
 pub use pocketglm_glm::Sampling;
-pub use pocketglm_graph::{Backend, DeviceFault};
+pub use pocketglm_graph::ops::Cost;
+pub use pocketglm_graph::{Arithmetic, Backend, DeviceFault, OpProfile, RunProfile};
 pub use pocketglm_tensor::{DType, KvFormat, Tensor};
 pub use pocketglm_vit::preprocess::{DevicePoint, to_device_pixels};
 pub use pocketglm_wav2vec::audio::{AudioLimits, Level};
@@ -43,6 +45,7 @@ pub use pocketglm_wav2vec::{
     Chunking, Precision as AudioPrecision, RecogniserInfo, Stream, Transcript, Word,
 };
 pub use prompt::Prompt;
+pub use range::{OpPlace, OpRange};
 pub use recogniser::{Recogniser, TranscribeOptions};
 pub use request::{Content, Message, Part, Request};
 pub use session::{FinishReason, Generation, Piece, Session, Timings};

@@ -252,6 +252,13 @@ impl Model {
         head.saturating_mul(2 * t.num_hidden_layers * t.num_key_value_heads) as u64
     }
 
+    /// The graphs in the order in which a run with everything takes them.
+    pub fn programs(&self) -> Vec<(&'static str, &Graph)> {
+        let vision = self.vision.iter().map(|v| ("vision", &v.graph));
+        let audio = self.audio.iter().map(|a| ("audio", &a.graph));
+        vision.chain(audio).chain([("decoder", &self.decoder)]).collect()
+    }
+
     /// Most tokens of a conversation.
     pub fn context(&self, options: &EngineOptions) -> usize {
         options.context.min(self.text.max_position_embeddings).max(1)

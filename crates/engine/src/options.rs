@@ -10,6 +10,7 @@ use pocketglm_tensor::KvFormat;
 use pocketglm_wav2vec::Precision;
 use pocketglm_wav2vec::audio::AudioLimits;
 
+use crate::OpRange;
 use crate::quantise::Simulation;
 
 /// How far a long step has come.
@@ -58,6 +59,9 @@ pub struct EngineOptions {
     /// Most bytes of the backend's device that the model may take: layers that do not fit run on the processor. Without
     /// it the backend runs everything.
     pub device_memory: Option<u64>,
+    /// The ops that the backend runs, where it is not to run all: the processor runs the others. For tracing a wrong result
+    /// to an op; what fits [`device_memory`](EngineOptions::device_memory) is then only checked, not chosen.
+    pub device_ops: OpRange,
     /// What happens when the backend's device fails.
     pub fallback: Fallback,
     /// Makes the model compute, in f32, what it would as a file of this policy: slow and large, for judging policies.
@@ -83,6 +87,7 @@ impl Default for EngineOptions {
             fuse: true,
             backend: None,
             device_memory: None,
+            device_ops: OpRange::default(),
             fallback: Fallback::default(),
             simulate: None,
             progress: None,

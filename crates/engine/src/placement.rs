@@ -10,7 +10,8 @@ use pocketglm_tensor::Cpu;
 use crate::engine::{patches, text_size};
 use crate::model::Model;
 use crate::plan::{RunSize, decoder_bindings, vision_bindings};
-use crate::{EngineOptions, Result};
+use crate::range::Ranged;
+use crate::{EngineOptions, OpPlace, Result};
 
 /// Scope of the decoder's layers.
 const LAYERS: &str = "model.language_model.layers.";
@@ -41,11 +42,20 @@ pub struct Placement {
     pub budget: Option<u64>,
     /// Bytes of the device that one decoder layer would have needed, where none fits.
     pub least: Option<u64>,
+    /// How many ops are on the device and how many there are, where the options name a range of them.
+    pub ops: Option<(usize, usize)>,
 }
 
 impl fmt::Display for Placement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Placement { layers, all_layers, .. } = self;
+        if let Some((on, all)) = self.ops {
+            let off = all - on;
+            return write!(
+                f,
+                "{on} of {all} ops on the device, as asked for; the other {off} on the processor"
+            );
+        }
         let mut on = vec![format!("{layers} of {all_layers} decoder layers")];
         let mut off = Vec::new();
         let parts =
@@ -100,7 +110,11 @@ impl Devices {
             vision: model.vision.as_ref().map(|_| true),
             budget: options.device_memory,
             least: None,
+            ops: None,
         };
+        if !options.device_ops.is_all() {
+            return ranged(model, options, &device, cpu, whole);
+        }
         match options.device_memory {
             None => Ok(Devices {
                 decoder: device.clone(),
@@ -117,6 +131,33 @@ impl Devices {
     pub fn only(cpu: Arc<dyn Backend>) -> Devices {
         Devices { decoder: cpu.clone(), vision: cpu.clone(), audio: cpu.clone(), cpu, placement: None }
     }
+}
+
+/// The ops that the options name on the device, the others on the processor.
+fn ranged(
+    model: &Model,
+    options: &EngineOptions,
+    device: &Arc<dyn Backend>,
+    cpu: Arc<dyn Backend>,
+    whole: Placement,
+) -> Result<Devices> {
+    let programs = model.programs();
+    let range = Ranged::new(&options.device_ops, &programs)?;
+    let places = range.places(&programs);
+    let all_on = |inside: &dyn Fn(&OpPlace) -> bool| places.iter().filter(|p| inside(p)).all(|p| p.on_device);
+    let of_decoder =
+        |name: &str, scope: &str| all_on(&|p| p.program == "decoder" && p.name == format!("{name} {scope}"));
+    let layer = |p: &OpPlace| p.name.split_once(' ').and_then(|(_, scope)| layer_of(scope));
+    let placement = Placement {
+        layers: (0..whole.all_layers).filter(|i| all_on(&|p| layer(p) == Some(*i))).count(),
+        head: all_on(&|p| p.program == "decoder" && p.name.contains("lm_head")),
+        embedding: of_decoder("gather_rows", "model.language_model"),
+        vision: whole.vision.map(|_| all_on(&|p| p.program == "vision")),
+        ops: Some((places.iter().filter(|p| p.on_device).count(), places.len())),
+        ..whole
+    };
+    let [decoder, vision, audio] = ["decoder", "vision", "audio"].map(|p| range.backend(p, device, &cpu));
+    Ok(Devices { decoder, vision, audio, cpu, placement: Some(placement) })
 }
 
 /// As much on the device as `budget` allows. The audio branch stays on the processor.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use pocketglm_graph::Bindings;
+use pocketglm_graph::{Backend, Bindings, CpuBackend, Graph};
 use pocketglm_tensor::Cpu;
 use pocketglm_wav2vec as wav2vec;
 use pocketglm_wav2vec::audio::{Level, LevelMeter, WavBlocks};
@@ -11,8 +11,9 @@ use pocketglm_wav2vec::{Chunking, Precision, RecogniserInfo, Stream, Transcript}
 
 use crate::engine::backend;
 use crate::plan::PROGRAM_BYTES;
+use crate::range::Ranged;
 use crate::sound::open;
-use crate::{Cancel, EngineOptions, Error, MemoryPlan, MemoryUse, Result, Sound, Trace};
+use crate::{Cancel, EngineOptions, Error, MemoryPlan, MemoryUse, OpPlace, Result, Sound, Trace};
 
 /// A loaded Wav2Vec2 checkpoint. Clones share it; it can be used from any thread.
 #[derive(Clone)]
@@ -48,7 +49,38 @@ fn options(options: &EngineOptions) -> wav2vec::RecogniserOptions {
     }
 }
 
+/// What runs the graph of a checkpoint, which is only looked at where a range of its ops is wanted.
+fn backend_for(path: &Path, engine: &EngineOptions) -> Result<Arc<dyn Backend>> {
+    if engine.device_ops.is_all() || engine.backend.is_none() {
+        return Ok(backend(engine, &Arc::new(Cpu::new(engine.threads)?)));
+    }
+    backend_of(&wav2vec::Recogniser::inspect(path, &options(engine))?.1, engine)
+}
+
+fn backend_of(graph: &Graph, engine: &EngineOptions) -> Result<Arc<dyn Backend>> {
+    let cpu = Arc::new(Cpu::new(engine.threads)?);
+    let Some(device) = engine.backend.as_ref().filter(|_| !engine.device_ops.is_all()) else {
+        return Ok(backend(engine, &cpu));
+    };
+    let range = Ranged::new(&engine.device_ops, &[(PROGRAM, graph)])?;
+    let cpu: Arc<dyn Backend> = Arc::new(CpuBackend::new(cpu));
+    Ok(range.backend(PROGRAM, device, &cpu))
+}
+
+/// How lists of ops call the one program of a speech checkpoint.
+const PROGRAM: &str = "speech";
+
 impl Recogniser {
+    /// The ops of a checkpoint in the order in which they run, and which of them are in the range of
+    /// [`EngineOptions::device_ops`].
+    ///
+    /// # Errors
+    /// As [`Recogniser::inspect`], and a range that names no op.
+    pub fn ops(path: impl AsRef<Path>, engine: &EngineOptions) -> Result<Vec<OpPlace>> {
+        let programs = [(PROGRAM, &wav2vec::Recogniser::inspect(path, &options(engine))?.1)];
+        Ok(Ranged::new(&engine.device_ops, &programs)?.places(&programs))
+    }
+
     /// Opens and checks a checkpoint folder and makes it ready to run.
     ///
     /// # Errors
@@ -61,7 +93,7 @@ impl Recogniser {
             let seconds = chunking.seconds + 2.0 * chunking.context;
             Recogniser::inspect(path.as_ref(), &engine, seconds)?.1.check(engine.memory)?;
         }
-        let backend = backend(&engine, &Arc::new(Cpu::new(engine.threads)?));
+        let backend = backend_for(path.as_ref(), &engine)?;
         let inner = wav2vec::Recogniser::open(path, backend, options(&engine))?;
         engine.report("load", 1, 1);
         Ok(Recogniser { inner, options: engine })
@@ -82,7 +114,7 @@ impl Recogniser {
         seconds: f64,
     ) -> Result<(RecogniserInfo, MemoryPlan)> {
         let (info, graph) = wav2vec::Recogniser::inspect(path, &options(engine))?;
-        let backend = backend(engine, &Arc::new(Cpu::new(engine.threads)?));
+        let backend = backend_of(&graph, engine)?;
         let samples = (seconds.max(0.0) * f64::from(wav2vec::SAMPLE_RATE)) as usize;
         let samples = samples.max(info.config.receptive_field());
         let memory = backend.plan(&graph, &Bindings::new().with("N", samples))?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use pocketglm_bpe::{Detokenizer, StopStrings};
-use pocketglm_glm::{Sampler, Trace};
+use pocketglm_glm::{Sampler, TOP, Trace};
 use pocketglm_graph::{Inputs, Program, ProgramState, Running};
 use pocketglm_tensor::KvFormat;
 use pocketglm_vit::preprocess::vision_positions;
@@ -298,9 +298,15 @@ impl Session {
         Ok(outputs.take("logits")?.values)
     }
 
-    /// Starts a run of one token behind `past` others, for the index of its largest logit. Without an id the token is
+    /// Starts a run of one token behind `past` others, for what is wanted of its logits. Without an id the token is
     /// the one that the run before this one names: then the host need not know it yet.
-    fn start_best(&mut self, id: Option<u32>, past: usize, position: i32) -> Result<Box<dyn Running>> {
+    fn start_one(
+        &mut self,
+        id: Option<u32>,
+        past: usize,
+        position: i32,
+        wanted: &[&str],
+    ) -> Result<Box<dyn Running>> {
         self.reserve(past + 1)?;
         let (ids, positions) = ([id.unwrap_or(0) as i32], [position; 3]);
         let inputs = Inputs::new()
@@ -315,7 +321,7 @@ impl Session {
         let mut bindings = decoder_bindings(1, past, 0, 1, 0);
         let state = self.state.as_mut().ok_or(Error::EmptyPrompt)?;
         bindings.set("C", state.bindings.get("C").unwrap_or(0));
-        Ok(self.engine.inner.decoder.start(state, &inputs, &bindings, &["best"])?)
+        Ok(self.engine.inner.decoder.start(state, &inputs, &bindings, wanted)?)
     }
 }
 
@@ -590,11 +596,11 @@ impl Generation<'_> {
         let position = self.position_behind(past)?;
         let running = match self.ahead.take() {
             Some(running) => running,
-            None => self.session.start_best(Some(last), past, position)?,
+            None => self.session.start_one(Some(last), past, position, &["best"])?,
         };
         // As many tokens as are still wanted, and as fit.
         if self.token_ids.len() + 1 < self.options.max_new_tokens && past + 2 < self.context {
-            self.ahead = Some(self.session.start_best(None, past + 1, position + 1)?);
+            self.ahead = Some(self.session.start_one(None, past + 1, position + 1, &["best"])?);
         }
         let best = running.finish()?.take("best")?.values.first().copied().unwrap_or(-1.0);
         if best < 0.0 {
@@ -607,6 +613,34 @@ impl Generation<'_> {
         Ok(best as u32)
     }
 
+    /// The token behind `last` where the largest logits decide, so that the device need not give all of them.
+    fn decode_top(&mut self, last: u32) -> Result<u32> {
+        let past = self.session.cached.len();
+        let position = self.position_behind(past)?;
+        let running = self.session.start_one(Some(last), past, position, &["top_ids", "top_values"])?;
+        let mut outputs = running.finish()?;
+        let (ids, values) = (outputs.take("top_ids")?.values, outputs.take("top_values")?.values);
+        if ids.iter().all(|id| *id >= 0.0) {
+            let top: Vec<(u32, f32)> = ids.iter().map(|id| *id as u32).zip(values).collect();
+            let vocabulary = self.engine.inner.model.text.vocab_size;
+            let chosen = self.sampler.sample_top(&top, vocabulary).map_err(|e| self.engine.explain(e))?;
+            if let Some(id) = chosen {
+                self.session.cached.push(Entry { id: last, position: [position; 3], picture: None });
+                return Ok(id);
+            }
+        }
+        // They do not decide, or some logit is not finite. The plain way, over the same place of the cache.
+        let mut logits = self.decode(last)?;
+        self.sampler.sample(&mut logits).map_err(|e| self.engine.explain(e))
+    }
+
+    /// Whether the device is asked for the largest logits alone.
+    fn wants_top(&self) -> bool {
+        self.engine.inner.decoder.overlaps()
+            && self.sampler.may_be_decided_by_top()
+            && self.sampler.most_wanted().is_none_or(|k| k <= TOP)
+    }
+
     /// The next token.
     fn choose(&mut self) -> Result<u32> {
         let start = Instant::now();
@@ -614,6 +648,11 @@ impl Generation<'_> {
             (Some(logits), _) => logits,
             (None, Some(&last)) if self.engine.inner.decoder.overlaps() && self.sampler.takes_largest() => {
                 let id = self.decode_best(last)?;
+                self.timings.decode += start.elapsed();
+                return Ok(id);
+            }
+            (None, Some(&last)) if self.wants_top() => {
+                let id = self.decode_top(last)?;
                 self.timings.decode += start.elapsed();
                 return Ok(id);
             }

@@ -102,11 +102,67 @@ impl Sampler {
         self.penalise(logits);
         let token = if self.settings.temperature == 0.0 { most_likely(logits)? } else { self.draw(logits)? };
         let token = u32::try_from(token).map_err(|_| Error::TooLong)?;
+        self.count(token);
+        Ok(token)
+    }
+
+    /// The same where only the largest logits of a vocabulary are known: their tokens and values, the largest first, equal ones in
+    /// the order of their tokens. `None`, and nothing is chosen, where they do not decide: the whole row must be asked for.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`], [`Error::NoLogits`].
+    pub fn sample_top(&mut self, top: &[(u32, f32)], vocabulary: usize) -> Result<Option<u32>> {
+        if let Some((token, value)) = top.iter().find(|(_, l)| !l.is_finite()) {
+            return Err(Error::NotFinite { token: *token as usize, value: *value });
+        }
+        let (_, largest) = *top.first().ok_or(Error::NoLogits)?;
+        let (_, smallest) = top[top.len() - 1];
+        let s = &self.settings;
+        let decided = match () {
+            () if !self.may_be_decided_by_top() => false,
+            () if top.len() >= vocabulary || s.temperature == 0.0 => true,
+            () if s.top_k > 0 => s.top_k <= top.len(),
+            // What is not known is at most as likely as the least likely of those.
+            () => self.weight(smallest, largest) < f64::from(s.min_p),
+        };
+        if !decided {
+            return Ok(None);
+        }
+        let token = match s.temperature == 0.0 {
+            true => top[0].0,
+            false => {
+                let kept = top.iter().map(|&(token, l)| (token as usize, l)).collect();
+                u32::try_from(self.draw_among(kept, largest)?).map_err(|_| Error::TooLong)?
+            }
+        };
+        self.count(token);
+        Ok(Some(token))
+    }
+
+    /// Whether the largest logits may decide, whatever the others are: see [`Sampler::sample_top`]. Penalties may lift any token over
+    /// others, and the sum that top-p is a part of is one over all tokens where top-k does not cut them off before.
+    pub fn may_be_decided_by_top(&self) -> bool {
+        let s = &self.settings;
+        let penalises =
+            s.repetition_penalty != 1.0 || s.frequency_penalty != 0.0 || s.presence_penalty != 0.0;
+        let bounded = s.temperature == 0.0 || s.top_k > 0 || (s.min_p > 0.0 && s.top_p == 1.0);
+        !penalises && bounded
+    }
+
+    /// How many of the largest logits are enough for certain, where that is known before.
+    pub fn most_wanted(&self) -> Option<usize> {
+        let s = &self.settings;
+        match s.temperature == 0.0 {
+            true => Some(1),
+            false => (s.top_k > 0).then_some(s.top_k),
+        }
+    }
+
+    fn count(&mut self, token: u32) {
         *self.generated.entry(token).or_insert(0) += 1;
         if self.settings.repetition_penalty != 1.0 {
             self.seen.insert(token);
         }
-        Ok(token)
     }
 
     /// Whether the choice is always the largest logit, whatever was said before: then a device can make it.
@@ -138,20 +194,37 @@ impl Sampler {
         }
     }
 
+    /// Probability relative to that of the most likely token, in f64 so that the sum over a vocabulary is exact enough.
+    fn weight(&self, logit: f32, largest: f32) -> f64 {
+        f64::from((logit - largest) / self.settings.temperature).exp()
+    }
+
     fn draw(&mut self, logits: &[f32]) -> Result<usize> {
-        let top = logits[most_likely(logits)?];
+        let largest = logits[most_likely(logits)?];
         let s = &self.settings;
-        // Probabilities relative to the most likely token, in f64 so that the sum over a vocabulary is exact enough.
-        let weight = |l: f32| f64::from((l - top) / s.temperature).exp();
-        let mut kept: Vec<(usize, f64)> = logits.iter().map(|&l| weight(l)).enumerate().collect();
-        let by_weight = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let mut kept: Vec<(usize, f32)> = logits.iter().copied().enumerate().collect();
+        // Every logit is finite here. Of equal ones the first comes first, as where a device looks for the largest.
+        let by_logit = |a: &(usize, f32), b: &(usize, f32)| {
+            b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal).then(a.0.cmp(&b.0))
+        };
         if s.top_k > 0 && s.top_k < kept.len() {
-            kept.select_nth_unstable_by(s.top_k - 1, by_weight);
+            kept.select_nth_unstable_by(s.top_k - 1, by_logit);
             kept.truncate(s.top_k);
         }
-        if s.top_p < 1.0 || s.min_p > 0.0 {
-            kept.sort_unstable_by(by_weight);
+        if s.top_k > 0 || s.top_p < 1.0 || s.min_p > 0.0 {
+            kept.sort_unstable_by(by_logit);
         }
+        self.draw_among(kept, largest)
+    }
+
+    /// Draws one of some tokens and logits, which are in order, the largest first, where settings cut any off.
+    fn draw_among(&mut self, mut kept: Vec<(usize, f32)>, largest: f32) -> Result<usize> {
+        let s = &self.settings;
+        if s.top_k > 0 {
+            kept.truncate(s.top_k);
+        }
+        let mut kept: Vec<(usize, f64)> =
+            kept.into_iter().map(|(i, l)| (i, self.weight(l, largest))).collect();
         if s.top_p < 1.0 {
             let wanted = kept.iter().map(|(_, w)| w).sum::<f64>() * f64::from(s.top_p);
             let mut sum = 0.0;
@@ -235,6 +308,60 @@ mod tests {
         assert_eq!(zero(Sampling { top_p: 0.8, ..hot.clone() }), [true, true, true, false]);
         assert_eq!(zero(Sampling { top_p: 1e-5, ..hot.clone() }), [true, false, false, false]);
         assert_eq!(zero(Sampling { min_p: 0.29, ..hot }), [true, true, true, false]);
+    }
+
+    /// The largest of some logits, as a device gives them.
+    fn top(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+        let mut all: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, l)| (i as u32, *l)).collect();
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        all.truncate(n);
+        all
+    }
+
+    #[test]
+    fn the_largest_logits_give_what_all_of_them_give_wherever_they_decide() {
+        // Steps of a quarter, so that many are equal; far from the largest, so that differences round.
+        let logits = |round: u32| -> Vec<f32> {
+            (0..300u32)
+                .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(round * 977) >> 24) as f32 * 0.25 + 1e-6)
+                .collect()
+        };
+        let hot = |s: Sampling| Sampling { temperature: 3.0, seed: 5, ..s };
+        let base = Sampling::default;
+        for (settings, decides) in [
+            (hot(Sampling { top_k: 1, ..base() }), true),
+            (hot(Sampling { top_k: 20, ..base() }), true),
+            (hot(Sampling { top_k: 64, ..base() }), true),
+            (hot(Sampling { top_k: 20, top_p: 0.8, ..base() }), true),
+            (hot(Sampling { top_k: 20, top_p: 0.9, min_p: 0.05, ..base() }), true),
+            (hot(Sampling { min_p: 0.2, ..base() }), true),
+            (base(), true),
+            (hot(Sampling { min_p: 1e-9, ..base() }), false),
+            (hot(Sampling { top_k: 65, ..base() }), false),
+            (hot(Sampling { top_p: 0.5, ..base() }), false),
+            (hot(Sampling { top_p: 0.5, min_p: 0.2, ..base() }), false),
+            (hot(base()), false),
+            (hot(Sampling { top_k: 20, presence_penalty: 0.1, ..base() }), false),
+            (hot(Sampling { top_k: 20, frequency_penalty: 0.1, ..base() }), false),
+            (hot(Sampling { top_k: 20, repetition_penalty: 1.1, ..base() }), false),
+        ] {
+            let mut whole = Sampler::new(settings.clone(), &[]).unwrap();
+            let mut some = whole.clone();
+            for round in 0..200 {
+                let mut row = logits(round);
+                let found = some.sample_top(&top(&row, 64), row.len()).unwrap();
+                assert_eq!(found.is_some(), decides, "{settings:?}");
+                let wanted = whole.sample(&mut row).unwrap();
+                assert!(found.is_none_or(|f| f == wanted), "{settings:?}, {round}");
+            }
+            // A vocabulary that is known whole decides with any bound.
+            let row = logits(0);
+            let all = some.sample_top(&top(&row, 300), 300).unwrap();
+            assert_eq!(all.is_some(), some.may_be_decided_by_top());
+        }
+        let mut s = Sampler::new(Sampling::default(), &[]).unwrap();
+        assert!(matches!(s.sample_top(&[], 5), Err(Error::NoLogits)));
+        assert!(matches!(s.sample_top(&[(3, f32::NAN)], 5), Err(Error::NotFinite { token: 3, .. })));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use pocketglm_tensor::WeightSource;
 
 use crate::dim::Bindings;
 use crate::graph::Graph;
+use crate::ops::Cost;
 use crate::{Error, Result};
 
 /// Compiles graphs for one device.
@@ -21,6 +22,36 @@ pub trait Backend: Send + Sync {
     /// Memory that cannot be had, and a device that fails.
     fn copy_rate(&self) -> Result<Option<f64>> {
         Ok(None)
+    }
+
+    /// Operations that the device does in a second where no memory limits it, by the kind of arithmetic, measured now. Empty for
+    /// the processor, whose limits are measured by other means.
+    ///
+    /// # Errors
+    /// As [`Backend::copy_rate`].
+    fn arithmetic_rates(&self) -> Result<Vec<(Arithmetic, f64)>> {
+        Ok(Vec::new())
+    }
+
+    /// Begins or ends measuring what each op of a run takes on the device. Runs take longer meanwhile, since each op is timed
+    /// by itself and each run is waited for; the times of ops do not.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the backend or its device cannot time ops.
+    fn profile(&self, on: bool) -> Result<()> {
+        match on {
+            false => Ok(()),
+            true => Err(crate::Error::Device {
+                device: self.describe(),
+                fault: crate::DeviceFault::Unsupported,
+                what: "times of single ops are measured on GPUs alone".into(),
+            }),
+        }
+    }
+
+    /// What was measured since the last call, one entry for each run.
+    fn take_profile(&self) -> Vec<RunProfile> {
+        Vec::new()
     }
 
     /// Bytes that a program of `graph` takes under `bindings`, by use, from shapes alone: nothing is allocated.
@@ -42,6 +73,53 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// Weights that are missing or not finite, and memory that cannot be had, each naming the tensor.
     fn compile(&self, graph: &Graph, weights: Arc<dyn WeightSource>) -> Result<Box<dyn Program>>;
+}
+
+/// What one run took on a device.
+#[derive(Clone, Debug)]
+pub struct RunProfile {
+    /// The sizes of the run.
+    pub sizes: Bindings,
+    /// Its ops in the order in which they ran.
+    pub ops: Vec<OpProfile>,
+}
+
+/// What one op took on a device.
+#[derive(Clone, Debug)]
+pub struct OpProfile {
+    /// Kind of op and block, as [`Graph::op_names`] has them.
+    pub name: String,
+    /// The kernels, one for each dispatch.
+    pub kernels: Vec<String>,
+    /// Seconds from the beginning of each dispatch to its end, added up.
+    pub seconds: f64,
+    /// Operations, and the bytes that move if every operand moves once, weights as the device holds them.
+    pub cost: Cost,
+    /// What the operations are done with.
+    pub arithmetic: Arithmetic,
+}
+
+/// The kinds of arithmetic that a device has, each with a limit of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Arithmetic {
+    /// Single precision.
+    F32,
+    /// Products of packed bytes, summed as integers.
+    PackedBytes,
+    /// Matrices in half precision, summed in single precision.
+    F16Matrices,
+}
+
+impl Arithmetic {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arithmetic::F32 => "f32",
+            Arithmetic::PackedBytes => "packed bytes",
+            Arithmetic::F16Matrices => "f16 matrices",
+        }
+    }
 }
 
 /// A compiled graph. One program serves every length; runs from several threads follow one another.

@@ -22,7 +22,8 @@ mod plan;
 mod stages;
 
 pub use backend::{
-    Backend, InputData, Inputs, Output, Outputs, PlacedMemory, Program, ProgramMemory, ProgramState, Running,
+    Arithmetic, Backend, InputData, Inputs, OpProfile, Output, Outputs, PlacedMemory, Program, ProgramMemory,
+    ProgramState, RunProfile, Running,
 };
 pub use builder::GraphBuilder;
 pub use cpu::{CpuBackend, load_time_values, plan_memory, widened_weight};

@@ -1,5 +1,7 @@
 //! Graphs that run on several backends: contiguous parts, each compiled for its own.
 
+mod range;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 

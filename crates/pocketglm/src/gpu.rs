@@ -54,6 +54,12 @@ impl Gpu {
         self.0.allocated()
     }
 
+    /// Kinds of the kernels that runs were made of since the last call: for checking that each is tested.
+    #[doc(hidden)]
+    pub fn take_kernels(&self) -> std::collections::BTreeSet<String> {
+        self.0.take_kernels()
+    }
+
     /// Ends the device, as a driver's reset would: for testing what an application does then.
     pub fn destroy(&self) {
         self.0.destroy();

@@ -33,10 +33,10 @@ mod model;
 
 pub use model::{Chat, Model, Prompt};
 pub use pocketglm_engine::{
-    AudioLimits, AudioPrecision, Backend, Cancel, Chunking, Content, ContentFormat, DType, DeviceFault,
-    DevicePoint, Engine, EngineOptions, Error, Fallback, FinishReason, GenerateOptions, Generation, KvFormat,
-    Level, MemoryPlan, MemoryUse, Message, ModelInfo, Parameters, Part, Picture, Piece, Placement, Progress,
-    ProgressFn, Prompt as PreparedPrompt, ReadMode, Recogniser, RecogniserInfo, Request, Result, Sampling,
-    Session, Sound, Stream, Tensor, Timings, Trace, TranscribeOptions, Transcript, Word, quantise,
-    to_device_pixels,
+    Arithmetic, AudioLimits, AudioPrecision, Backend, Cancel, Chunking, Content, ContentFormat, Cost, DType,
+    DeviceFault, DevicePoint, Engine, EngineOptions, Error, Fallback, FinishReason, GenerateOptions,
+    Generation, KvFormat, Level, MemoryPlan, MemoryUse, Message, ModelInfo, OpPlace, OpProfile, OpRange,
+    Parameters, Part, Picture, Piece, Placement, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode,
+    Recogniser, RecogniserInfo, Request, Result, RunProfile, Sampling, Session, Sound, Stream, Tensor,
+    Timings, Trace, TranscribeOptions, Transcript, Word, quantise, to_device_pixels,
 };

@@ -1,18 +1,21 @@
 //! The backend: an open device that compiles graphs.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pocketglm_graph::ops::Op;
-use pocketglm_graph::{Backend, Bindings, Graph, PlacedMemory, Program, ProgramMemory, Result, Value};
-use pocketglm_kernels::Variant;
+use pocketglm_graph::{
+    Arithmetic, Backend, Bindings, DeviceFault, Graph, PlacedMemory, Program, ProgramMemory, Result,
+    RunProfile, Value,
+};
 use pocketglm_tensor::{Cpu, KvFormat, WeightSource};
 
 use crate::device::Device;
 use crate::features::start_up_test;
+use crate::held::joined_biases;
 use crate::options::{GpuInfo, GpuOptions};
 use crate::plan::{PARAMETERS, Places};
-use crate::program::WgpuProgram;
+use crate::program::{RECIPES, WgpuProgram};
+use crate::rates;
 use crate::state::KvLayout;
 use crate::weights::Form;
 
@@ -57,9 +60,10 @@ impl WgpuBackend {
         self.device.allocated()
     }
 
-    /// Whether large products go through cooperative matrices, in half precision.
-    pub fn uses_cooperative_matrices(&self) -> bool {
-        self.device.cooperative()
+    /// Kinds of the kernels that runs were made of since the last call: files with their flags.
+    #[doc(hidden)]
+    pub fn take_kernels(&self) -> std::collections::BTreeSet<String> {
+        self.device.pipelines.take_asked()
     }
 
     /// Destroys the device, as a driver's reset would: for testing how a program recovers. Everything that was made with
@@ -75,41 +79,24 @@ impl Backend for WgpuBackend {
     }
 
     fn copy_rate(&self) -> Result<Option<f64>> {
-        const ROUNDS: u64 = 20;
-        let device = &self.device;
-        let bytes = (1u64 << 30).min(device.binding_limit()) / 16 * 16;
-        let buffers = [device.storage("copy", bytes)?, device.storage("copy", bytes)?];
-        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-        let count = device.buffer("copy", 16, usage)?;
-        device.write(&count, 0, &((bytes / 16) as u32).to_le_bytes())?;
-        let pipeline = device.pipelines.get(device, &Variant::new("copy_rate.wgsl"))?;
-        let entries = [&count, &buffers[0], &buffers[1]];
-        let entries: Vec<wgpu::BindGroupEntry<'_>> = (0..)
-            .zip(entries)
-            .map(|(binding, b)| wgpu::BindGroupEntry { binding, resource: b.raw.as_entire_binding() })
-            .collect();
-        let group = device.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some("copy"),
-            layout: &pipeline.layout,
-            entries: &entries,
-        });
-        let mut best = f64::INFINITY;
-        // A card that was idle takes a moment to clock up, so the best of several blocks counts.
-        for _ in 0..8 {
-            let mut encoder = device.device.create_command_encoder(&Default::default());
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            pass.set_pipeline(&pipeline.raw);
-            pass.set_bind_group(0, &group, &[]);
-            for _ in 0..ROUNDS {
-                pass.dispatch_workgroups(4096, 1, 1);
-            }
-            drop(pass);
-            let start = Instant::now();
-            let index = device.submit(encoder)?;
-            device.wait(index)?;
-            best = best.min(start.elapsed().as_secs_f64());
+        rates::copy(&self.device).map(Some)
+    }
+
+    fn arithmetic_rates(&self) -> Result<Vec<(Arithmetic, f64)>> {
+        rates::arithmetic(&self.device)
+    }
+
+    fn profile(&self, on: bool) -> Result<()> {
+        if on && !self.device.has_timestamps() {
+            let what = "the adapter offers no timestamps, so that ops cannot be timed";
+            return Err(self.device.error(DeviceFault::Unsupported, what));
         }
-        Ok(Some((2 * bytes * ROUNDS) as f64 / best.max(1e-9)))
+        self.device.profile.set(on);
+        Ok(())
+    }
+
+    fn take_profile(&self) -> Vec<RunProfile> {
+        self.device.profile.take()
     }
 
     fn plan(&self, graph: &Graph, bindings: &Bindings) -> Result<ProgramMemory> {
@@ -142,7 +129,7 @@ pub(crate) fn memory_of(device: &Device, graph: &Graph, bindings: &Bindings) -> 
                     memory.weights += form.bytes(rows, k);
                 }
             }
-            Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
+            Op::Weight(_) | Op::Constant(_) => memory.converted += elements.next_multiple_of(4) * 4,
             Op::State(s) => {
                 let shape = places.plan.shape(Value::of(i, 0));
                 let format = KvFormat::of(s.dtype).unwrap_or_default();
@@ -150,13 +137,34 @@ pub(crate) fn memory_of(device: &Device, graph: &Graph, bindings: &Bindings) -> 
                     memory.states += KvLayout::new(device, format, heads, d)?.bytes(capacity);
                 }
             }
-            _ if node.load_time => memory.converted += elements * 4,
+            _ if node.load_time => memory.converted += elements.next_multiple_of(4) * 4,
             _ => {}
         }
     }
-    // Parameters of the dispatches: a few for each node.
-    memory.scratch = graph.dispatches() as u64 * 4 * PARAMETERS as u64 * 4;
+    let rows = |v: Value| places.plan.shape(v).first().copied().unwrap_or(0);
+    for node in graph.nodes().iter().filter(|n| !n.load_time) {
+        memory.converted += joined_biases(node, rows);
+    }
+    // Vectors are one buffer, which has a word at least.
+    memory.converted = memory.converted.max(4);
+    memory.scratch = parameters(device, graph) + results(graph, &places);
     Ok(memory)
+}
+
+/// Bytes of the parameters of all dispatches: of as many recipes as are kept, with no more than three dispatches for a node of a
+/// prompt on average.
+fn parameters(device: &Device, graph: &Graph) -> u64 {
+    let align = u64::from(device.limits.min_uniform_buffer_offset_alignment);
+    let slot = (PARAMETERS as u64 * 4).next_multiple_of(align);
+    RECIPES as u64 * graph.dispatches() as u64 * 3 * slot
+}
+
+/// Bytes of the buffers that results are read from. A buffer serves results down to a quarter of its size, so that those of
+/// smaller runs are at most a third of the largest again.
+fn results(graph: &Graph, places: &Places) -> u64 {
+    let of = |(_, value): &(String, Value)| places.plan.shape(*value).iter().product::<usize>() as u64 * 4;
+    let largest: u64 = graph.outputs().iter().map(of).sum();
+    largest + largest / 3 + 4096
 }
 
 fn size(places: &Places, node: usize, port: usize) -> u64 {

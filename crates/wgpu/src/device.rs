@@ -3,17 +3,28 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+#[cfg(not(target_family = "wasm"))]
+use std::time::Instant;
 
 use pocketglm_graph::{DeviceFault, Error, Result};
+#[cfg(target_family = "wasm")]
+use web_time::Instant;
 
 use crate::features::{Feature, denied};
 use crate::options::{GpuInfo, GpuOptions};
 use crate::pipelines::Pipelines;
+use crate::profile::Profile;
 
 /// Bytes of an upload that may wait on the host before the device has taken them.
 const UPLOAD_STEP: usize = 16 << 20;
-/// How long the device may take for one run.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the device may show no progress, where the options say nothing: as long as amdgpu lets a job take before it resets
+/// the card, and longer than the two seconds of Windows.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Operations of one submission of a longer run: half a second of a phone's GPU, a twentieth of what is waited for without progress,
+/// and so much that nobody sees what a submission takes itself.
+const PART: u64 = 500_000_000_000;
+/// How often the device is asked for progress while something is waited for.
+const GLANCE: Duration = Duration::from_millis(250);
 
 /// What went wrong outside of a call: the first failure, which explains those that follow.
 #[derive(Default)]
@@ -56,6 +67,14 @@ pub(crate) struct Device {
     faults: Arc<Faults>,
     /// Bytes of the buffers that are alive.
     allocated: Arc<AtomicU64>,
+    /// Nanoseconds without progress after which the device counts as hanging.
+    patience: AtomicU64,
+    /// Submissions that have ended.
+    pub ended: Arc<AtomicU64>,
+    /// Operations of one submission of a longer run.
+    pub part: AtomicU64,
+    /// What runs took, while they are measured.
+    pub profile: Profile,
 }
 
 /// A buffer that is counted while it lives.
@@ -204,7 +223,22 @@ impl Device {
             refused: AtomicU8::new(refused),
             faults,
             allocated: Arc::default(),
+            patience: AtomicU64::new(nanoseconds(options.patience.unwrap_or(PATIENCE))),
+            ended: Arc::default(),
+            part: AtomicU64::new(PART),
+            profile: Profile::default(),
         })
+    }
+
+    /// Waits for so long from now on.
+    #[cfg(test)]
+    pub fn set_patience(&self, patience: Duration) {
+        self.patience.store(nanoseconds(patience), Ordering::Relaxed);
+    }
+
+    /// Whether dispatches can be timed.
+    pub fn has_timestamps(&self) -> bool {
+        self.features.contains(wgpu::Features::TIMESTAMP_QUERY)
     }
 
     /// Does without a feature from now on; what is lowered already keeps it.
@@ -380,19 +414,35 @@ impl Device {
         }
     }
 
-    /// Waits for the end of a submission.
+    /// Waits for the end of a submission, as long as some submission ends now and then.
     pub fn wait(&self, index: wgpu::SubmissionIndex) -> Result<()> {
-        let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: Some(PATIENCE) };
-        match self.device.poll(wait) {
-            Ok(_) => self.check(),
-            Err(wgpu::PollError::Timeout) => {
+        let patience = Duration::from_nanos(self.patience.load(Ordering::Relaxed));
+        let (mut ended, mut since) = (self.ended.load(Ordering::Relaxed), Instant::now());
+        loop {
+            let left = patience.saturating_sub(since.elapsed());
+            if left.is_zero() {
                 self.hear_of_loss()?;
-                Err(self.error(DeviceFault::Timeout, format!("no answer within {} s", PATIENCE.as_secs())))
+                let what = format!(
+                    "no progress within {} s: the device hangs, or is too slow",
+                    patience.as_secs_f64()
+                );
+                return Err(self.error(DeviceFault::Timeout, what));
             }
-            Err(error) => {
-                self.hear_of_loss()?;
-                Err(self
-                    .error(DeviceFault::Lost, format!("the device is lost, it takes no more work: {error}")))
+            let timeout = Some(left.min(GLANCE));
+            match self.device.poll(wgpu::PollType::Wait { submission_index: Some(index.clone()), timeout }) {
+                Ok(_) => return self.check(),
+                Err(wgpu::PollError::Timeout) => {
+                    self.hear_of_loss()?;
+                    let now = self.ended.load(Ordering::Relaxed);
+                    if now != ended {
+                        (ended, since) = (now, Instant::now());
+                    }
+                }
+                Err(error) => {
+                    self.hear_of_loss()?;
+                    let what = format!("the device is lost, it takes no more work: {error}");
+                    return Err(self.error(DeviceFault::Lost, what));
+                }
             }
         }
     }
@@ -401,9 +451,17 @@ impl Device {
     pub fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<wgpu::SubmissionIndex> {
         self.check()?;
         let index = self.queue.submit([encoder.finish()]);
+        let ended = self.ended.clone();
+        self.queue.on_submitted_work_done(move || {
+            ended.fetch_add(1, Ordering::Relaxed);
+        });
         self.check()?;
         Ok(index)
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn all_features() -> wgpu::Features {

@@ -80,6 +80,15 @@ impl Vectors {
     }
 }
 
+/// Bytes of a node's biases, which are kept once more behind one another, with zeros for parts that have none.
+pub(crate) fn joined_biases(node: &Node, rows: impl Fn(Value) -> usize) -> u64 {
+    let Some((parts, biased)) = parts_of(node) else { return 0 };
+    if !biased && parts.iter().all(|(_, bias)| bias.is_none()) {
+        return 0;
+    }
+    parts.iter().map(|(weight, _)| rows(*weight).next_multiple_of(4) as u64 * 4).sum()
+}
+
 impl Held {
     /// Brings what a graph needs to the device.
     pub fn load(

@@ -1,4 +1,5 @@
 use std::fmt;
+use std::time::Duration;
 
 use pocketglm_graph::Result;
 
@@ -24,6 +25,10 @@ pub struct GpuOptions {
     /// Surrounds everything that runs compute with a pattern, and fails a run that overwrites it: for looking for defects.
     /// Runs do not overlap then.
     pub guarded: bool,
+    /// How long the device may show no progress before it counts as hanging; 10 s where it is not given, which is as long as a
+    /// driver's own watchdog lets a piece of work take. Long runs are submitted in parts, each of which is progress. Nothing at
+    /// all is waited for where it is zero.
+    pub patience: Option<Duration>,
     /// Leaves the start-up test out, which compares the kernels that the adapter would get with the processor's and takes about
     /// a tenth of a second.
     pub untested: bool,

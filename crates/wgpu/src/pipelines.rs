@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code, reason = "kernels without added checks; experimental features")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pocketglm_graph::{DeviceFault, Error, Result};
@@ -22,6 +22,8 @@ pub(crate) struct Pipeline {
 /// The kernels compiled so far.
 pub(crate) struct Pipelines {
     known: Mutex<HashMap<Variant, Arc<Pipeline>>>,
+    /// Kinds of the kernels that were asked for since somebody last wanted to know.
+    asked: Mutex<BTreeSet<String>>,
     checked: bool,
     /// Kernels that tests compile wrong: part of a name, and what of the source is replaced by what.
     #[cfg(test)]
@@ -43,6 +45,7 @@ impl Pipelines {
     pub fn new(checked: bool) -> Pipelines {
         Pipelines {
             known: Mutex::default(),
+            asked: Mutex::default(),
             checked,
             #[cfg(test)]
             spoiled: Mutex::default(),
@@ -64,6 +67,7 @@ impl Pipelines {
 
     /// The kernel of a variant, compiled when it is first asked for.
     pub fn get(&self, device: &Device, variant: &Variant) -> Result<Arc<Pipeline>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(variant.kind());
         if let Some(known) = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(variant) {
             return Ok(known.clone());
         }
@@ -71,6 +75,11 @@ impl Pipelines {
         let pipeline = Arc::new(self.compile(device, variant)?);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(known.entry(variant.clone()).or_insert(pipeline).clone())
+    }
+
+    /// Kinds of the kernels that were asked for since the last call.
+    pub fn take_asked(&self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.asked.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn compile(&self, device: &Device, variant: &Variant) -> Result<Pipeline> {

@@ -75,11 +75,26 @@ fn scratch(node: &Node, inputs: &[Vec<usize>], outputs: &[Vec<usize>]) -> usize 
         Op::Linear(l) => normed(&l.norm),
         Op::Qkv(q) => normed(&q.norm),
         Op::TopK(t) if t.k == 1 => 2 * ARGMAX_GROUPS,
+        Op::TopK(t) if sorts(inputs[0][0], inputs[0][1], t.k) => sorted_pairs(inputs[0][1], t.k).iter().sum(),
         Op::Attention(a) if inputs[0][0] == 1 => {
             a.heads * MOST_SPLITS * (a.head_dim.next_multiple_of(4) + 2) + 2 * ALIGN
         }
         _ => 0,
     }
+}
+
+/// Pairs that a workgroup sorts at once.
+pub(crate) const SORTED: usize = 1024;
+
+/// Whether the `k` largest of each row are found by sorting: of one long row, where a round leaves fewer than it found.
+pub(crate) fn sorts(rows: usize, c: usize, k: usize) -> bool {
+    rows == 1 && c > SORTED && k <= SORTED / 2
+}
+
+/// Elements of the pairs that the first round, and each round behind it, leaves at most.
+pub(crate) fn sorted_pairs(c: usize, k: usize) -> [usize; 2] {
+    let first = c.div_ceil(SORTED) * k;
+    [first, first.div_ceil(SORTED) * k].map(|pairs| padded(2 * pairs))
 }
 
 /// Workgroups that look for the largest element of a row.
@@ -156,6 +171,8 @@ pub(crate) struct Step {
     pub slots: Vec<(u32, Slot)>,
     pub words: Vec<Word>,
     pub groups: Groups,
+    /// Operations of the whole node, at its first dispatch.
+    pub operations: f64,
 }
 
 /// Workgroups of a dispatch.

@@ -16,11 +16,12 @@ use crate::guard;
 use crate::held::Held;
 use crate::lower::Lowering;
 use crate::plan::{Groups, PARAMETERS, Places, Recipe, Slot, Step, Word};
+use crate::profile::{self, Stamps};
 use crate::readback::{Pending, Piece, Pool};
 use crate::state::{DeviceState, own, resized};
 
 /// Recipes kept: prefill chunk, its remainder, decode, and one to spare.
-const RECIPES: usize = 4;
+pub(crate) const RECIPES: usize = 4;
 /// Most workgroups along one dimension of a dispatch.
 const MOST_GROUPS: u64 = 65_535;
 
@@ -85,7 +86,14 @@ impl WgpuProgram {
             node: 0,
         };
         lowering.all()?;
-        let steps = lowering.steps;
+        let mut steps = lowering.steps;
+        let mut last = None;
+        for step in &mut steps {
+            // Of several dispatches of a node the first counts for all.
+            if last.replace(step.node) != Some(step.node) {
+                step.operations = profile::cost(&self.graph, step.node, bindings)?.operations;
+            }
+        }
         let align = u64::from(self.device.limits.min_uniform_buffer_offset_alignment);
         Ok(Recipe { places, steps, stride: (PARAMETERS as u64 * 4).next_multiple_of(align) })
     }
@@ -447,8 +455,21 @@ impl Program for WgpuProgram {
         if !parameters.is_empty() {
             self.device.queue.write_buffer(&bound.parameters.raw, 0, &parameters);
         }
-        encode(&mut encoder, &recipe.steps, &bound.groups, &needed, &all)?;
+        let dispatches = || recipe.steps.iter().zip(&bound.groups).filter(|(s, _)| needed[s.node]);
+        let stamps = match self.device.profile.is_on() {
+            true => Some(Stamps::new(&self.device, dispatches().count())?),
+            false => None,
+        };
+        match &stamps {
+            Some(stamps) => encode_timed(&mut encoder, dispatches(), stamps, &all)?,
+            None => encoder = self.encode(encoder, dispatches(), &all)?,
+        }
         let pending = self.collect(&recipe, arena, own, wanted, encoder)?;
+        if let Some(stamps) = &stamps {
+            let steps: Vec<&Step> = dispatches().map(|(step, _)| step).collect();
+            let run = profile::of_ops(&self.graph, &steps, &stamps.seconds(&self.device)?, &all)?;
+            self.device.profile.add(run);
+        }
         if self.device.guarded {
             guard::check(&self.device, arena, &self.graph, &recipe.places)?;
         }
@@ -456,29 +477,62 @@ impl Program for WgpuProgram {
     }
 }
 
-fn encode(
+/// The dispatches of a run, each a pass of its own between two timestamps.
+fn encode_timed<'a>(
     encoder: &mut wgpu::CommandEncoder,
-    steps: &[Step],
-    groups: &[wgpu::BindGroup],
-    needed: &[bool],
+    dispatches: impl Iterator<Item = (&'a Step, &'a wgpu::BindGroup)>,
+    stamps: &Stamps,
     bindings: &Bindings,
 ) -> Result<()> {
-    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-    let mut last: Option<*const wgpu::ComputePipeline> = None;
-    for (step, group) in steps.iter().zip(groups).filter(|(s, _)| needed[s.node]) {
-        let this = std::ptr::from_ref(&step.pipeline.raw);
-        if last != Some(this) {
-            pass.set_pipeline(&step.pipeline.raw);
-            last = Some(this);
-        }
+    for (i, (step, group)) in dispatches.enumerate() {
+        let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes: stamps.of(i) };
+        let mut pass = encoder.begin_compute_pass(&descriptor);
+        pass.set_pipeline(&step.pipeline.raw);
         pass.set_bind_group(0, group, &[]);
         let [x, y, z] = grid(&step.groups, bindings)?;
         pass.dispatch_workgroups(x, y, z);
     }
+    stamps.resolve(encoder);
     Ok(())
 }
 
 impl WgpuProgram {
+    /// The dispatches of a run. A long run is submitted in parts; what is left for the last one is given back.
+    fn encode<'a>(
+        &self,
+        mut encoder: wgpu::CommandEncoder,
+        mut dispatches: impl Iterator<Item = (&'a Step, &'a wgpu::BindGroup)>,
+        bindings: &Bindings,
+    ) -> Result<wgpu::CommandEncoder> {
+        let part = self.device.part.load(Ordering::Relaxed) as f64;
+        let mut next = dispatches.next();
+        loop {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let (mut last, mut operations) = (None, 0.0);
+            while let Some((step, group)) = next {
+                if operations > 0.0 && operations + step.operations > part {
+                    break;
+                }
+                operations += step.operations;
+                let this = std::ptr::from_ref(&step.pipeline.raw);
+                if last != Some(this) {
+                    pass.set_pipeline(&step.pipeline.raw);
+                    last = Some(this);
+                }
+                pass.set_bind_group(0, group, &[]);
+                let [x, y, z] = grid(&step.groups, bindings)?;
+                pass.dispatch_workgroups(x, y, z);
+                next = dispatches.next();
+            }
+            drop(pass);
+            if next.is_none() {
+                return Ok(encoder);
+            }
+            self.device.submit(encoder)?;
+            encoder = self.device.device.create_command_encoder(&Default::default());
+        }
+    }
+
     /// Copies the wanted results to where the host, or the next run, finds them, and submits.
     fn collect(
         &self,

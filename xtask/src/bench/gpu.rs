@@ -46,10 +46,14 @@ fn table(path: &Path) -> Result<String> {
         .lines()
         .map(|l| serde_json::from_str(l).map_err(|e| wrong(format!("{l}: {e}"))))
         .collect::<Result<_>>()?;
+    Ok(render(&lines))
+}
+
+fn render(lines: &[Value]) -> String {
     let device = lines.first().and_then(|l| l["result"]["device"].as_str()).unwrap_or("a GPU");
     let mut text = format!("\n### {device}\n\n| model | what | measured | ratio | of the copy limit |\n");
     text.push_str("| --- | --- | --- | --- | --- |\n");
-    for line in &lines {
+    for line in lines {
         let (model, result) = (line["model"].as_str().unwrap_or("?"), &line["result"]);
         let number = |v: &Value| v.as_f64();
         let bytes = number(&line["bytes"]).unwrap_or(0.0);
@@ -84,5 +88,125 @@ fn table(path: &Path) -> Result<String> {
         row(&format!("prefill of {n}"), tokens(prefill), ratio(prefill, PEER[0]), String::new());
         row("decode", tokens(decode), ratio(decode, PEER[1]), share(decode));
     }
-    Ok(text)
+    let per_op: Vec<String> = lines.iter().filter_map(per_op).collect();
+    if !per_op.is_empty() {
+        text.push_str(PER_OP);
+    }
+    per_op.iter().for_each(|table| text.push_str(table));
+    text
+}
+
+/// What the tables of ops say.
+const PER_OP: &str = "\nWhat takes the time: ops of one kind in all layers, each dispatch timed by itself on the GPU, in a round of its \
+own. Bytes are those of all operands moved once, weights as the GPU holds them; what is moved again, or is in a cache, is not \
+known. A share of a limit is bytes or operations in a second over what a copy, and registers alone, were measured to do. Ops \
+below 1 % of the time are left out.\n";
+
+/// The ops of one measurement, where they were timed.
+fn per_op(line: &Value) -> Option<String> {
+    let result = &line["result"];
+    let (model, per_op) = (line["model"].as_str().unwrap_or("?"), &result["per_op"]);
+    let gigabytes =
+        per_op["copy_bytes_per_s"].as_f64().map_or("not measured".into(), |r| format!("{:.0} GB/s", r / 1e9));
+    let peaks = per_op["operations_per_s"].as_object().into_iter().flatten();
+    let peaks: Vec<String> = peaks
+        .map(|(kind, r)| format!("{kind} {:.1} TFLOP/s", r.as_f64().unwrap_or(f64::NAN) / 1e12))
+        .collect();
+    let mut text = String::new();
+    for program in per_op["programs"].as_array()? {
+        let name = program["program"].as_str().unwrap_or("?");
+        // The checkpoint of a screenshot has a decoder cut short.
+        if result["parts"].is_object() && name != "vision" {
+            continue;
+        }
+        // The prompt of a deep context comes before what is measured.
+        let what = match (name, result["depth"].as_u64()) {
+            ("decode", Some(depth)) => format!("decode behind {depth}"),
+            (_, Some(_)) => continue,
+            ("prefill", None) => format!("prefill of {}", result["prompt_tokens"]),
+            _ => name.to_owned(),
+        };
+        let total = program["seconds"].as_f64().unwrap_or(f64::NAN);
+        let _ = writeln!(
+            text,
+            "\n{model}, {what}: {:.3} ms in ops; copy {gigabytes}, {}\n\n| op and block | kernels | ops | ms | of the time | MB | GFLOP | of \
+             the copy limit | of the arithmetic limit |\n| --- | --- | --: | --: | --: | --: | --: | --: | --- |",
+            total * 1e3,
+            peaks.join(", ")
+        );
+        for row in program["rows"].as_array()? {
+            let number = |key: &str| row[key].as_f64();
+            let seconds = number("seconds").unwrap_or(f64::NAN);
+            if seconds < 0.01 * total {
+                continue;
+            }
+            let share =
+                |key: &str| number(key).map_or("not measured".into(), |s| format!("{:.0} %", 100.0 * s));
+            let mut kernels: Vec<&str> =
+                row["kernels"].as_array()?.iter().filter_map(Value::as_str).collect();
+            kernels.iter_mut().for_each(|k| *k = k.split([' ', '.']).next().unwrap_or(k));
+            kernels.dedup();
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {:.3} | {:.0} % | {:.1} | {:.2} | {} | {} of {} |",
+                row["op"].as_str().unwrap_or("?"),
+                kernels.join(", "),
+                row["ops"],
+                seconds * 1e3,
+                100.0 * seconds / total,
+                number("bytes").unwrap_or(f64::NAN) / 1e6,
+                number("operations").unwrap_or(f64::NAN) / 1e9,
+                share("copy_share"),
+                share("arithmetic_share"),
+                row["arithmetic"].as_str().unwrap_or("?")
+            );
+        }
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn line(result: Value) -> Value {
+        json!({"model": "m.gguf", "bytes": 5e9, "result": result})
+    }
+
+    #[test]
+    fn files_without_ops_and_with_them_are_rendered() {
+        let old = json!({"device": "gpu X", "prompt_tokens": 512, "decode_tokens_per_s": 300.0,
+            "prefill_tokens_per_s": 7000.0, "copy_bytes_per_s": 4e12});
+        let without = render(&[line(old.clone())]);
+        assert!(
+            without.contains("| m.gguf | decode | 300.0 tokens/s |") && !without.contains("op and block")
+        );
+        let mut new = old;
+        let row = |op: &str, seconds: f64| {
+            json!({"op": op, "kernels": ["matvec_q.wgsl WG=1", "matvec_q.wgsl WG=2"], "ops": 40, "dispatches": 40,
+                "seconds": seconds, "bytes": 4e9, "operations": 16e9, "copy_share": 0.5, "arithmetic": "packed bytes",
+                "arithmetic_share": null})
+        };
+        let rows = [row("linear layers.*", 2e-3), row("scale", 1e-6)];
+        new["per_op"] = json!({"copy_bytes_per_s": 4e12, "operations_per_s": {"f32": 6e13},
+            "programs": [{"program": "decode", "runs": 9, "seconds": 2.001e-3, "rows": rows}]});
+        let with = render(&[line(new)]);
+        assert!(with.starts_with(&without), "{with}");
+        for wanted in [
+            "m.gguf, decode: 2.001 ms in ops; copy 4000 GB/s, f32 60.0 TFLOP/s",
+            "| linear layers.* | matvec_q | 40 | 2.000 | 100 % | 4000.0 | 16.00 | 50 % | not measured of packed bytes |",
+        ] {
+            assert!(with.contains(wanted), "{wanted} in\n{with}");
+        }
+        assert!(!with.contains("| scale |"));
+    }
+
+    #[test]
+    fn a_backend_that_times_nothing_gives_no_table() {
+        let absent =
+            json!({"device": "cpu", "depth": 4096, "decode_tokens_per_s": 3.0, "per_op": {"absent": "why"}});
+        assert!(!render(&[line(absent)]).contains("op and block"));
+    }
 }

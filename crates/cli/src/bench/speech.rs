@@ -9,7 +9,7 @@ use std::time::Instant;
 use pocketglm::Recogniser;
 use serde_json::{Value, json};
 
-use super::{BenchArgs, median, peak_memory};
+use super::{BenchArgs, add, median, ops, peak_memory};
 use crate::failure::Failure;
 use crate::output::{Out, bytes, complain};
 use crate::progress::Bars;
@@ -37,6 +37,7 @@ fn samples(seconds: usize) -> Vec<f32> {
 pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let start = Instant::now();
     let options = args.model.options(&Bars::new(true))?;
+    let backend = options.backend.clone();
     let planned = Recogniser::inspect(&args.model.model, &options, args.seconds as f64)?.1.total();
     let recogniser = Recogniser::open(&args.model.model, options)?;
     let load = start.elapsed().as_secs_f64();
@@ -54,11 +55,17 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     }
     let seconds = median(took);
     let (factor, peak) = (seconds / args.seconds as f64, peak_memory());
+    let per_op = match args.per_op {
+        true => Some(ops::measure(backend.as_ref(), || encode(&recogniser, args.seconds).map(|_| ()))?),
+        false => None,
+    };
     if args.json {
-        out.json(&json!({
+        let mut object = json!({
             "load_s": load, "audio_s": args.seconds, "encode_s": seconds, "real_time_factor": factor,
             "peak_memory_bytes": peak, "planned_memory_bytes": planned,
-        }))?;
+        });
+        add(&mut object, per_op.as_ref());
+        out.json(&object)?;
         return Ok(ExitCode::SUCCESS);
     }
     out.line(&format!("load     {load:.3} s"))?;
@@ -71,6 +78,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
         peak.map_or("unknown".into(), bytes),
         bytes(planned)
     ))?;
+    per_op.iter().try_for_each(|p| p.print(&mut out))?;
     Ok(ExitCode::SUCCESS)
 }
 

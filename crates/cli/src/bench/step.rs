@@ -6,7 +6,7 @@ use std::time::Instant;
 use pocketglm::{Engine, GenerateOptions, Message, Part, Picture, PreparedPrompt, Request};
 use serde_json::{Value, json};
 
-use super::{BenchArgs, median, peak_memory};
+use super::{BenchArgs, add, median, ops, peak_memory};
 use crate::failure::Failure;
 use crate::generate::begin;
 use crate::output::{Out, bytes};
@@ -58,6 +58,12 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
     let seconds = [0, 1, 2, 3].map(|part| median(rounds.iter().map(|r| r.seconds[part]).collect()));
     let total = median(rounds.iter().map(|r| r.total).collect());
     let rate = |part: usize| tokens[part] as f64 / seconds[part].max(1e-9);
+    let per_op = match args.per_op {
+        true => Some(ops::measure(engine.device_backend(), || {
+            measure(args, engine, size, args.rounds as u32 + 1).map(|_| ())
+        })?),
+        false => None,
+    };
     let mut out = Out::new();
     if args.json {
         let mut parts = serde_json::Map::new();
@@ -70,7 +76,7 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
             });
             parts.insert(name.into(), value);
         }
-        out.json(&json!({
+        let mut object = json!({
             "device": engine.device(),
             "screen": [size.0, size.1],
             "load_s": load,
@@ -79,7 +85,9 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
             "total_s": total,
             "peak_memory_bytes": peak_memory(),
             "planned_memory_bytes": planned,
-        }))?;
+        });
+        add(&mut object, per_op.as_ref());
+        out.json(&object)?;
         return Ok(ExitCode::SUCCESS);
     }
     out.line(&format!("device   {}", engine.device()))?;
@@ -99,6 +107,7 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
     if let Some(peak) = peak_memory() {
         out.line(&format!("\nmemory   {} at the peak, {} planned", bytes(peak), bytes(planned)))?;
     }
+    per_op.iter().try_for_each(|p| p.print(&mut out))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,3 +1,5 @@
+mod range;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicIsize, Ordering};
 

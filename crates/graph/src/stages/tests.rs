@@ -159,3 +159,36 @@ fn what_the_last_run_did_not_give_is_refused_by_name() {
     let run = program.run(&mut state, &inputs, &Bindings::new().with("T", 1).with("P", 0));
     assert!(run.unwrap_err().to_string().contains("`best`, which the last run did not give"));
 }
+
+#[test]
+fn every_range_of_ops_computes_what_the_whole_graph_does() {
+    for kv in [KvFormat::F32, KvFormat::F16] {
+        let graph = small(kv);
+        let whole = answer(&*cpu().compile(&graph, Arc::new(Invented)).unwrap());
+        let ops: Vec<usize> = graph.op_names().into_iter().map(|(i, _)| i).collect();
+        for (n, &first) in ops.iter().enumerate() {
+            for &last in
+                [ops[n], ops[(n + ops.len()) / 2], ops[ops.len() - 1]].iter().filter(|l| **l >= first)
+            {
+                let backend = staged(Arc::new(move |g: &Graph| g.stages_around(first, last)), 3);
+                let program = backend.compile(&graph, Arc::new(Invented)).unwrap();
+                assert_eq!(values(&answer(&*program)), values(&whole), "{kv:?} {first} to {last}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_range_grows_until_it_holds_whole_states() {
+    let graph = small(KvFormat::F16);
+    let at =
+        |name: &str| graph.nodes().iter().position(|n| n.op.name() == name && n.scope == "layers.1").unwrap();
+    let (append, read) = (at("kv_append"), at("kv_read"));
+    for (first, last) in [(append, append), (read, read), (append, read)] {
+        let stages = graph.stages_around(first, last);
+        let inside: Vec<usize> = (0..stages.len()).filter(|i| stages[*i] == 1).collect();
+        assert_eq!((inside[0], inside[inside.len() - 1]), (append, read));
+    }
+    let rope = at("rope");
+    assert_eq!(graph.stages_around(rope, rope).iter().filter(|s| **s == 1).count(), 1);
+}

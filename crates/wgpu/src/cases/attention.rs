@@ -152,7 +152,12 @@ fn heads(list: &mut Vec<Case>) -> Result<()> {
         bias,
         joined,
     };
+    // Heads of 64, 80 and 128 have kernels of their own on cooperative matrices, where weights are no better than f16.
+    let wide = |heads, d| block(heads, heads, d, d, Half, [DType::F16; 3], true, true);
     for b in [
+        wide(2, 64),
+        wide(1, 80),
+        wide(1, 128),
         block(2, 2, 8, 8, Half, FLOAT, true, true),
         block(4, 1, 12, 8, Interleaved, FLOAT, false, false),
         block(2, 2, 16, 16, Half, [DType::F16; 3], true, true),
@@ -195,54 +200,85 @@ fn caches(list: &mut Vec<Case>) -> Result<()> {
     use RopeLayout::{Half, Interleaved};
     const CAPACITY: usize = 21;
     const STEPS: [(usize, usize); 5] = [(9, 0), (1, 9), (2, 10), (1, 12), (1, 13)];
+    const BF16: [DType; 3] = [DType::BF16; 3];
+    const F16: [DType; 3] = [DType::F16; 3];
+    let q6k = DType::Block(Block::Q6_K);
     for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Int8] {
         for (heads, kv_heads, d, r, layout, types, bias, joined) in [
             (4, 2, 8, 8, Interleaved, FLOAT, true, false),
-            (4, 1, 16, 8, Interleaved, [DType::F16; 3], false, true),
+            (4, 1, 16, 8, Interleaved, F16, false, true),
+            (2, 1, 16, 8, Interleaved, BF16, true, false),
             (2, 2, 8, 8, Half, FLOAT, true, false),
             (8, 2, 16, 8, Interleaved, [Q4; 3], true, false),
             (2, 1, 12, 4, Interleaved, [Q8, Q4, DType::F32], false, false),
+            (2, 1, 16, 8, Interleaved, [Q8, Q8, q6k], true, false),
             // Components that vectors of four do not divide.
             (3, 1, 6, 6, Interleaved, FLOAT, true, false),
+            // Heads that have kernels of their own on cooperative matrices.
+            (4, 2, 64, 32, Interleaved, F16, true, false),
+            (1, 1, 80, 40, Half, F16, true, false),
+            (16, 1, 128, 64, Interleaved, F16, false, false),
         ] {
             // Bytes of a head come four to a word.
             if kv == KvFormat::Int8 && d % 4 != 0 {
                 continue;
             }
             let b = AttentionBlock { heads, kv_heads, d, r, layout, types, bias, joined };
-            let c = 64;
-            let rounds = kv == KvFormat::Int8 || types.iter().any(|t| t.is_quantised());
-            let bound = wider(cache_bound(kv), if rounds { INT8_ATTENTION } else { F32 });
-            let form = format!("cache in {kv}, {}", b.name());
-            let about = About::new("norm_qkv_rope_append", form, bound).kv(kv);
-            let (t, past) = (Dim::symbol("T"), Dim::symbol("P"));
-            let body = |draft: &Draft, g: &mut GraphBuilder<'_>| {
-                let x = g.input("x", DType::F32, &[t.clone(), c.into()])?;
-                let positions = g.input("positions", DType::I32, &[1.into(), t.clone()])?;
-                let x = draft.rms(g, "n", x, c)?;
-                let table = g.rope_table(positions, 10_000.0, &vec![0; b.r / 2], b.r / 2)?;
-                let [q, k, v] = b.project(draft, g, x, table, c)?;
-                let mut now = Vec::new();
-                for (name, rows) in [("k", k), ("v", v)] {
-                    let rows = g.reshape(rows, &[t.clone(), (kv_heads * d).into()])?;
-                    let state = g.kv_state(name, CAPACITY.into(), kv_heads, d)?;
-                    let state = g.kv_append(rows, state, past.clone())?;
-                    now.push(g.kv_read(state, past.clone() + t.clone())?);
-                }
-                let mask = SoftmaxMask::Causal { past: past.clone() };
-                g.attention(q, now[0], now[1], 1.0 / (d as f32).sqrt(), mask, None)
+            // A prompt that cooperative matrices take, and keys in more than one part.
+            let (capacity, steps) = match d >= 64 {
+                true => (80, &[(40, 0), (1, 40), (30, 41), (1, 71)][..]),
+                false => (CAPACITY, &STEPS[..]),
             };
-            let runs = STEPS.iter().map(|&(t, past)| {
-                let bindings = Bindings::new().with("T", t).with("P", past);
-                let x = Fill::Spread.values((past + 1) as u32, t * c);
-                let positions = (past..past + t).map(|p| p as i32).collect();
-                (bindings, vec![("x".into(), Values::F32(x)), ("positions".into(), Values::I32(positions))])
-            });
-            list.push(about.fused(&["norm_qkv_rope_append", "attention"]).build_runs(body, runs.collect())?);
+            let c = if types.contains(&q6k) { 256 } else { 64 };
+            let rounds = types.iter().any(|t| t.is_quantised());
+            let bound = wider(cache_bound(kv), if rounds { INT8_ATTENTION } else { F32 });
+            // Scores of a trained model's size: larger ones pick single keys, and multiply what rounding does to them.
+            let scale = if rounds { 0.25 } else { 1.0 };
+            for sum in [false, true] {
+                let behind = if sum { ", behind a sum and two norms" } else { "" };
+                let form = format!("cache in {kv}, {}{behind}", b.name());
+                let about = About::new("norm_qkv_rope_append", form, bound).kv(kv);
+                let (t, past) = (Dim::symbol("T"), Dim::symbol("P"));
+                let body = |draft: &Draft, g: &mut GraphBuilder<'_>| {
+                    let mut x = g.input("x", DType::F32, &[t.clone(), c.into()])?;
+                    let positions = g.input("positions", DType::I32, &[1.into(), t.clone()])?;
+                    if sum {
+                        let y = g.scale(x, -0.3)?;
+                        let y = draft.rms(g, "inner", y, c)?;
+                        x = g.add(x, y)?;
+                        let h = g.scale(x, 0.5)?;
+                        g.output("h", h);
+                    }
+                    let x = draft.rms(g, "n", x, c)?;
+                    let table = g.rope_table(positions, 10_000.0, &vec![0; b.r / 2], b.r / 2)?;
+                    let [q, k, v] = b.project(draft, g, x, table, c)?;
+                    let mut now = Vec::new();
+                    for (name, rows) in [("k", k), ("v", v)] {
+                        let rows = g.reshape(rows, &[t.clone(), (kv_heads * d).into()])?;
+                        let state = g.kv_state(name, capacity.into(), kv_heads, d)?;
+                        let state = g.kv_append(rows, state, past.clone())?;
+                        now.push(g.kv_read(state, past.clone() + t.clone())?);
+                    }
+                    let mask = SoftmaxMask::Causal { past: past.clone() };
+                    g.attention(q, now[0], now[1], scale / (d as f32).sqrt(), mask, None)
+                };
+                let runs = steps.iter().map(|&(t, past)| {
+                    let bindings = Bindings::new().with("T", t).with("P", past);
+                    let x = Fill::Spread.values((past + 1) as u32, t * c);
+                    let positions = (past..past + t).map(|p| p as i32).collect();
+                    let positions = ("positions".into(), Values::I32(positions));
+                    (bindings, vec![("x".into(), Values::F32(x)), positions])
+                });
+                list.push(
+                    about.fused(&["norm_qkv_rope_append", "attention"]).build_runs(body, runs.collect())?,
+                );
+            }
         }
         // Append and read by themselves; the read of the whole cache shows what was not written.
         for (heads, d) in [(1, 4), (3, 8), (2, 68)] {
             let form = format!("{heads} heads of {d}, {kv}");
+            // Given the same rows, both round to the same codes.
+            let bound = if kv == KvFormat::Int8 { F32 } else { cache_bound(kv) };
             let (t, past) = (Dim::symbol("T"), Dim::symbol("P"));
             let body = |_: &Draft, g: &mut GraphBuilder<'_>| {
                 let x = g.input("x", DType::F32, &[t.clone(), (heads * d).into()])?;
@@ -256,7 +292,7 @@ fn caches(list: &mut Vec<Case>) -> Result<()> {
                 let x = fill.values((past + 1) as u32, t * heads * d);
                 (Bindings::new().with("T", t).with("P", past), vec![("x".into(), Values::F32(x))])
             });
-            let about = About::new("kv_append, kv_read", form, cache_bound(kv)).kv(kv);
+            let about = About::new("kv_append, kv_read", form, bound).kv(kv);
             list.push(about.build_runs(body, runs.collect())?);
         }
     }

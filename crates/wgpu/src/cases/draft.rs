@@ -258,7 +258,13 @@ impl About {
         });
         Ok(Case {
             op: self.op,
-            cooperative: bounds::wider(self.bound, bounds::COOPERATIVE),
+            cooperative: bounds::wider(
+                self.bound,
+                match self.op.contains("qkv") || self.op == "attention" {
+                    true => bounds::COOPERATIVE_ATTENTION,
+                    false => bounds::COOPERATIVE,
+                },
+            ),
             bound: self.bound,
             quick: None,
             fused: self.fused,

@@ -9,11 +9,12 @@
 mod attention;
 mod comparison;
 mod draft;
+mod frames;
 mod gather;
 mod products;
 mod simple;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use pocketglm_graph::{
@@ -85,6 +86,15 @@ impl Case {
         format!("{}: {}", self.op, self.form)
     }
 
+    /// How far results may be from the reference where these kinds of kernels gave them: half precision is allowed where it was
+    /// used, and nowhere else.
+    pub fn bound_of(&self, kernels: &BTreeSet<String>) -> Bound {
+        match kernels.iter().any(|kernel| kernel.contains("_coop")) {
+            true => self.cooperative,
+            false => self.bound,
+        }
+    }
+
     /// The graph as it is built, or fused.
     ///
     /// # Errors
@@ -154,6 +164,7 @@ impl Case {
 pub fn all() -> Result<Vec<Case>> {
     let mut list = Vec::new();
     simple::cases(&mut list)?;
+    frames::cases(&mut list)?;
     gather::cases(&mut list)?;
     products::cases(&mut list)?;
     attention::cases(&mut list)?;

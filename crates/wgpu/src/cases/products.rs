@@ -69,6 +69,8 @@ fn every_kernel(list: &mut Vec<Case>, dtype: DType) -> Result<()> {
         one(1, Fill::Spread, if dtype.is_quantised() { INT8_ACTIVATIONS } else { bound })?;
         one(3, Fill::Spread, bound)?;
         one(35, Fill::Spread, bound)?;
+        // More than the smallest tile on cooperative matrices.
+        one(70, Fill::Spread, bound)?;
     }
     Ok(())
 }
@@ -81,8 +83,14 @@ fn epilogues(list: &mut Vec<Case>) -> Result<()> {
         (DType::F32, 66, 70, 36),
         (DType::F32, 5, 33, 33),
         (DType::F16, 40, 66, 40),
+        (DType::F16, 5, 33, 33),
+        (DType::F16, 70, 66, 40),
+        (DType::BF16, 40, 66, 40),
+        (DType::BF16, 70, 66, 40),
+        (DType::BF16, 5, 33, 33),
         (q4, 1, 70, 64),
         (q4, 34, 70, 96),
+        (q4, 70, 70, 96),
     ] {
         for kind in [None, Some(UnaryKind::Silu), Some(UnaryKind::Gelu), Some(UnaryKind::Relu)] {
             for (bias, residual) in [(true, false), (true, true), (false, true)] {
@@ -115,7 +123,7 @@ fn epilogues(list: &mut Vec<Case>) -> Result<()> {
             }
         }
     }
-    for (m, n, k) in [(1, 35, 64), (3, 35, 64), (35, 66, 64), (1, 9, 33), (5, 66, 33)] {
+    for (m, n, k) in [(1, 35, 64), (3, 35, 64), (35, 66, 64), (70, 66, 64), (1, 9, 33), (5, 66, 33)] {
         for dtype in [DType::F32, DType::BF16, q4, DType::Block(Block::Q8_0)] {
             if dtype.is_quantised() && k % 32 != 0 {
                 continue;
@@ -146,15 +154,19 @@ fn swiglu(d: &Draft, g: &mut GraphBuilder<'_>, dtype: DType, x: Value, [n, k]: [
 /// Norms in front, one and two.
 fn norms(list: &mut Vec<Case>) -> Result<()> {
     let q8 = DType::Block(Block::Q8_0);
-    for dtype in [DType::F32, DType::F16, q8, DType::Block(Block::Q4_K)] {
-        for m in [1, 5, 34] {
-            let (n, k) = (66, if dtype == DType::F16 { 68 } else { 256 });
+    for dtype in [DType::F32, DType::F16, DType::BF16, q8, DType::Block(Block::Q4_K)] {
+        for m in [1, 5, 34, 70] {
+            let (n, k) = (66, if matches!(dtype, DType::F16 | DType::BF16) { 68 } else { 256 });
             let bound = match (dtype.is_quantised(), m) {
                 (true, 1) => INT8_ACTIVATIONS,
                 _ => scales_bound(dtype),
             };
-            for layer in [false, true] {
-                let extra = if layer { " behind a layer norm" } else { " behind an RMS norm" };
+            for (layer, bias) in [(false, true), (false, false), (true, true)] {
+                let extra = match (layer, bias) {
+                    (true, _) => " behind a layer norm",
+                    (false, true) => " behind an RMS norm",
+                    (false, false) => " behind an RMS norm, no bias",
+                };
                 let about = About::new("norm_linear", form(dtype, [m, n, k], extra), bound);
                 list.push(about.fused(&["norm_linear"]).build(|d, g| {
                     let x = d.x(g, "x", &[m, k])?;
@@ -165,7 +177,7 @@ fn norms(list: &mut Vec<Case>) -> Result<()> {
                     } else {
                         d.rms(g, "n", x, k)?
                     };
-                    d.linear(g, "l", dtype, x, [n, k], true)
+                    d.linear(g, "l", dtype, x, [n, k], bias)
                 })?);
             }
             let extra = " behind a sum and two norms, gate and up";
@@ -237,6 +249,15 @@ fn large(list: &mut Vec<Case>) -> Result<()> {
                 d.linear(g, "l", dtype, x, [n, k], true)
             })?);
         }
+    }
+    // So many tiles that cooperative matrices take the largest ones.
+    for (dtype, bias) in [(DType::Block(Block::Q4_0), false), (DType::F16, true)] {
+        let extra = if bias { ", bias" } else { "" };
+        let about = About::new("linear", form(dtype, [256, 8700, 32], extra), F32);
+        list.push(about.build(|d, g| {
+            let x = d.x(g, "x", &[256, 32])?;
+            d.linear(g, "l", dtype, x, [8700, 32], bias)
+        })?);
     }
     for norm in [false, true] {
         for (dtype, k) in [(DType::F32, 8224), (DType::F16, 8228), (DType::Block(Block::Q4_0), 27_232)] {

@@ -230,7 +230,22 @@ fn conv(list: &mut Vec<Case>) -> Result<()> {
 }
 
 fn top_k(list: &mut Vec<Case>) -> Result<()> {
-    for (rows, c) in [(1, 1), (3, 5), (2, 100), (1, 1030)] {
+    // One row of which only the index is wanted, as a greedy choice is.
+    for c in [1, 255, 1030, 20_000, 140_000] {
+        for fill in [Fill::Spread, Fill::Large, Fill::Equal, Fill::Negative, Fill::Codes] {
+            // One of a row that no small binding holds.
+            if c > 65_536 && fill != Fill::Codes {
+                continue;
+            }
+            let form = format!("the index of the largest of {c}, {} values", fill.name());
+            list.push(About::new("top_k", form, EXACT).filled(fill).build(|d, g| {
+                let x = d.x(g, "x", &[1, c])?;
+                Ok(g.top_k(x, 1)?[0])
+            })?);
+        }
+    }
+    // Rows of more than 1,024 are sorted in rounds: two of them, or three from 16,385 on.
+    for (rows, c) in [(1, 1), (3, 5), (2, 100), (1, 1030), (1, 5000), (1, 20_000)] {
         for k in [1, 2, 5, 64] {
             for fill in [Fill::Spread, Fill::Large, Fill::Equal, Fill::Negative, Fill::Codes] {
                 if k > c {

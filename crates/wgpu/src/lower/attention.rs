@@ -207,15 +207,15 @@ impl Lowering<'_> {
             if decodes {
                 return (Variant::new("attention_decode_coop.wgsl"), 16);
             }
-            let file = match a.head_dim {
-                64 => Some("flash_attention_coop_64.wgsl"),
-                80 => Some("flash_attention_coop_80.wgsl"),
-                128 => Some("flash_attention_coop_128.wgsl"),
-                _ => None,
-            };
-            if let Some(file) = file.filter(|_| !split && c.t >= 16 && format != KvFormat::Int8) {
+            let known = [64, 80, 128].contains(&a.head_dim);
+            if known && !split && c.t >= 16 && format != KvFormat::Int8 {
                 let subgroups = if limit >= 47 << 10 { 8 } else { 4 };
-                let variant = Variant::new(file).value("NS", subgroups).flag_if(causal, "CAUSAL");
+                let variant = Variant::new("flash_attention_coop.wgsl")
+                    .value("D4", four as u32)
+                    .flag_if(a.head_dim == 80, "D80")
+                    .flag_if(a.head_dim == 128, "D128")
+                    .value("NS", subgroups)
+                    .flag_if(causal, "CAUSAL");
                 return (variant, 16 * subgroups as usize);
             }
         }

@@ -176,7 +176,8 @@ impl Lowering<'_> {
                 words.len()
             )));
         }
-        self.steps.push(Step { node: self.node, pipeline, slots: slots.to_vec(), words, groups });
+        let (node, slots) = (self.node, slots.to_vec());
+        self.steps.push(Step { node, pipeline, slots, words, groups, operations: 0.0 });
         Ok(())
     }
 

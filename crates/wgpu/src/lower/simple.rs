@@ -5,7 +5,7 @@ use pocketglm_graph::{Dim, Node, Result, Value};
 use pocketglm_kernels::Variant;
 
 use super::{Bound, Lowering};
-use crate::plan::{ARGMAX_GROUPS, Word};
+use crate::plan::{ARGMAX_GROUPS, SORTED, Word};
 
 /// The second vector or matrix of a norm.
 pub(crate) enum Other {
@@ -403,12 +403,39 @@ impl Lowering<'_> {
             return self.argmax(x, c, ids);
         }
         let best = self.bound(self.result(1))?;
+        if crate::plan::sorts(rows, c, k) {
+            return self.sorted(x, [c, k], ids, best);
+        }
         let variant = match self.device.info.software {
             true => Variant::new("top_k.wgsl").value("WG", 32),
             false => Variant::new("top_k.wgsl"),
         };
         let words = words([rows.into(), c.into(), k.into(), x.at.into(), ids.at.into(), best.at.into()]);
         self.dispatch(variant, &[(1, x.slot), (2, ids.slot), (3, best.slot)], words, rows)
+    }
+
+    /// The `k` largest of one row of `n`: workgroups sort a share each and keep `k` of it, until one has them all.
+    fn sorted(&mut self, x: Bound, [n, k]: [usize; 2], ids: Bound, best: Bound) -> Result<()> {
+        let scratch = self.places.scratch(self.node);
+        let [first, second] = crate::plan::sorted_pairs(n, k);
+        let places = [self.arena(scratch, first)?, self.arena(scratch + first, second)?];
+        let (mut n, mut from, mut round) = (n, x, 0);
+        loop {
+            let groups = n.div_ceil(SORTED);
+            let to = places[round % 2];
+            let base =
+                Variant::new("top_k_sort.wgsl").flag_if(round == 0, "FIRST").flag_if(groups == 1, "LAST");
+            let variant = if self.device.info.software { base.value("WG", 32) } else { base };
+            // Pairs are two words.
+            let at = if round == 0 { from.at } else { from.at / 2 };
+            let numbers = [n.into(), k.into(), at.into(), (to.at / 2).into(), ids.at.into(), best.at.into()];
+            if groups == 1 {
+                let slots = [(1, from.slot), (2, ids.slot), (3, best.slot)];
+                return self.dispatch(variant, &slots, words(numbers), 1);
+            }
+            self.dispatch(variant, &[(1, from.slot), (2, to.slot)], words(numbers), groups)?;
+            (n, from, round) = (groups * k, to, round + 1);
+        }
     }
 
     /// Index of the largest of `n` elements: workgroups look at a share each, and one joins what they found.

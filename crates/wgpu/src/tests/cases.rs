@@ -15,19 +15,22 @@ fn run_all(options: &GpuOptions, fuse: bool) -> Option<(usize, Vec<String>)> {
                 continue;
             }
         };
-        match case.run(&backend, fuse) {
+        backend.take_kernels();
+        let found = case.run(&backend, fuse);
+        let bound = case.bound_of(&backend.take_kernels());
+        match found {
             // Values, and 64 rows of a matrix, that no binding holds are refused, see the tests of faults.
             Err(e) if options.binding_limit.is_some() && e.to_string().contains("fit a binding") => {
                 refused += 1;
             }
             Err(e) => wrong.push(format!("{}: {e}", case.name())),
-            Ok(found) => match compare(&wanted, &found, case.bound) {
+            Ok(found) => match compare(&wanted, &found, bound) {
                 Ok(_) => compared += 1,
                 Err(difference) => wrong.push(format!("{}: {difference}", case.name())),
             },
         }
     }
-    assert!(refused <= 16, "{refused} cases were refused");
+    assert!(refused <= 20, "{refused} cases were refused");
     Some((compared, wrong))
 }
 

@@ -182,6 +182,40 @@ fn a_device_that_goes_at_any_point_of_a_generation_is_a_typed_error_and_leaks_no
 }
 
 #[test]
+fn the_largest_of_a_row_that_is_not_finite_are_none() {
+    let Some(backend) = open(&GpuOptions::default()) else { return };
+    let source = Small(Tensor::from_f32(&[1, 1], &[1.0]).unwrap());
+    for (n, k) in [(1025, 1), (1025, 64), (20_000, 64)] {
+        let mut g = GraphBuilder::new(&source);
+        let x = g.input("x", DType::F32, &[1.into(), n.into()]).unwrap();
+        let x = g.scale(x, 1.0).unwrap();
+        let [ids, values] = g.top_k(x, k).unwrap();
+        g.output("ids", ids);
+        g.output("values", values);
+        let mut graph = g.finish();
+        passes::optimise(&mut graph).unwrap();
+        let program = backend.compile(&graph, Arc::new(Small(source.0.clone()))).unwrap();
+        let mut state = program.new_state(&Bindings::new()).unwrap();
+        let mut ids = |bad: Option<(usize, f32)>| {
+            let mut x: Vec<f32> = (0..n).map(|i| -(i as f32)).collect();
+            bad.into_iter().for_each(|(at, value)| x[at] = value);
+            program
+                .run(&mut state, &Inputs::new().f32("x", &x), &Bindings::new())
+                .unwrap()
+                .take("ids")
+                .unwrap()
+                .values
+        };
+        assert_eq!(ids(None), (0..k).map(|i| i as f32).collect::<Vec<_>>());
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 1023, n - 1] {
+                assert!(ids(Some((at, value))).iter().all(|id| *id == -1.0), "{value} at {at} of {n}, {k}");
+            }
+        }
+    }
+}
+
+#[test]
 fn programs_give_their_memory_back() {
     let Some(backend) = open(&GpuOptions::default()) else { return };
     assert_eq!(backend.allocated(), 0);

@@ -3,6 +3,8 @@
 
 mod cases;
 mod faults;
+mod pace;
+mod valid;
 
 use std::sync::Arc;
 

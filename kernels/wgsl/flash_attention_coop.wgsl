@@ -1,18 +1,18 @@
-// o[t,h] = softmax(scale * q[t,h] . k[j,h/G] over keys lo..hi) v[j,h/G] on cooperative matrices 16x16x16, head_dim 80.
+// o[t,h] = softmax(scale * q[t,h] . k[j,h/G] over keys lo..hi) v[j,h/G] on cooperative matrices 16x16x16, head_dim 64, 80 or 128.
 // A workgroup owns BQ = 16 NS rows, (token, head of one KV head) pairs; a subgroup of 32 owns 16 of them: q and the sums in
 // registers. Keys in tiles of 32 as f16 in workgroup memory, the next tile's loads in flight meanwhile.
 // The weights are exp(s - ref), ref a row's maximum when it was last taken: it is taken again, and the sums rescaled through
 // workgroup memory, only when a score exceeds it by more than 8 (weights stay below exp(8), far inside f16).
 // Departs from the twin: q, k, v and the weights rounded to f16, f32 sums in another order.
 // Only where subgroups have 32 lanes in invocation order; no subgroup builtin here (a driver crashes on both).
-// Flags: Q_F16; KV_F16 (else f32 rows of a strided buffer); CAUSAL | SEGMENTS. Workgroup memory: NS 4: 32 KiB, NS 8: 47 KiB at head_dim 128.
+// Flags: D80, D128 (with D4 20 and 32; else head_dim 64): what heads beyond 64 have more; Q_F16; KV_F16 (else f32 rows of a strided buffer); CAUSAL | SEGMENTS. Workgroup memory: NS 4: 32 KiB, NS 8: 47 KiB at head_dim 128.
 enable f16;
 enable wgpu_cooperative_matrix;
 const NS = 4u;
 const WG = NS * 32u;
 const BQ = NS * 16u;
 const KT = 32u;
-const D4 = 20u;
+const D4 = 16u;
 const LDK = D4 + 2u;     // row of a K or V tile, vec4<f16>
 const LDS = 9u;          // row of scores, vec4<f32>; read 16 bytes at a time without bank conflicts
 const LDP = 10u;         // row of weights, vec4<f16>
@@ -104,6 +104,28 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let q2 = coopLoadT<MA>(&psh[pa + 0u], lp);
   let q3 = coopLoadT<MA>(&psh[pa + 4u], lp);
   workgroupBarrier();
+//#if D128
+  for (var i = t; i < BQ * 8u; i += WG) {
+    let r = r0 + i / 8u; var x = vec4<f32>(0.0);
+    if (r < rows) { x = vec4<f32>(q[p.q_off + (r / p.group) * p.q_stride + (kvh * p.group + r % p.group) * D4 + 16u + i % 8u]) * p.scale; }
+    psh[(i / 8u) * LDP + i % 8u] = H4(x);
+  }
+  workgroupBarrier();
+  let q4 = coopLoadT<MA>(&psh[pa + 0u], lp);
+  let q5 = coopLoadT<MA>(&psh[pa + 4u], lp);
+  workgroupBarrier();
+  for (var i = t; i < BQ * 8u; i += WG) {
+    let r = r0 + i / 8u; var x = vec4<f32>(0.0);
+    if (r < rows) { x = vec4<f32>(q[p.q_off + (r / p.group) * p.q_stride + (kvh * p.group + r % p.group) * D4 + 24u + i % 8u]) * p.scale; }
+    psh[(i / 8u) * LDP + i % 8u] = H4(x);
+  }
+  workgroupBarrier();
+  let q6 = coopLoadT<MA>(&psh[pa + 0u], lp);
+  let q7 = coopLoadT<MA>(&psh[pa + 4u], lp);
+  workgroupBarrier();
+  var o0 = MC(); var o1 = MC(); var o2 = MC(); var o3 = MC(); var o4 = MC(); var o5 = MC(); var o6 = MC(); var o7 = MC();
+//#else
+//#if D80
   for (var i = t; i < BQ * 4u; i += WG) {
     let r = r0 + i / 4u; var x = vec4<f32>(0.0);
     if (r < rows) { x = vec4<f32>(q[p.q_off + (r / p.group) * p.q_stride + (kvh * p.group + r % p.group) * D4 + 16u + i % 4u]) * p.scale; }
@@ -113,6 +135,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let q4 = coopLoadT<MA>(&psh[pa + 0u], lp);
   workgroupBarrier();
   var o0 = MC(); var o1 = MC(); var o2 = MC(); var o3 = MC(); var o4 = MC();
+//#else
+  var o0 = MC(); var o1 = MC(); var o2 = MC(); var o3 = MC();
+//#endif
+//#endif
   let first = range[0] / KT * KT; let end = range[1];
   var ref_max = LOW; var sum = 0.0;
   fetch(first, end, kvh, t);
@@ -128,7 +154,16 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     s0 = coopMultiplyAdd(q1, coopLoad<MB>(&ksh[4u], lk), s0); s1 = coopMultiplyAdd(q1, coopLoad<MB>(&ksh[16u * LDK + 4u], lk), s1);
     s0 = coopMultiplyAdd(q2, coopLoad<MB>(&ksh[8u], lk), s0); s1 = coopMultiplyAdd(q2, coopLoad<MB>(&ksh[16u * LDK + 8u], lk), s1);
     s0 = coopMultiplyAdd(q3, coopLoad<MB>(&ksh[12u], lk), s0); s1 = coopMultiplyAdd(q3, coopLoad<MB>(&ksh[16u * LDK + 12u], lk), s1);
+//#if D128
     s0 = coopMultiplyAdd(q4, coopLoad<MB>(&ksh[16u], lk), s0); s1 = coopMultiplyAdd(q4, coopLoad<MB>(&ksh[16u * LDK + 16u], lk), s1);
+    s0 = coopMultiplyAdd(q5, coopLoad<MB>(&ksh[20u], lk), s0); s1 = coopMultiplyAdd(q5, coopLoad<MB>(&ksh[16u * LDK + 20u], lk), s1);
+    s0 = coopMultiplyAdd(q6, coopLoad<MB>(&ksh[24u], lk), s0); s1 = coopMultiplyAdd(q6, coopLoad<MB>(&ksh[16u * LDK + 24u], lk), s1);
+    s0 = coopMultiplyAdd(q7, coopLoad<MB>(&ksh[28u], lk), s0); s1 = coopMultiplyAdd(q7, coopLoad<MB>(&ksh[16u * LDK + 28u], lk), s1);
+//#else
+//#if D80
+    s0 = coopMultiplyAdd(q4, coopLoad<MB>(&ksh[16u], lk), s0); s1 = coopMultiplyAdd(q4, coopLoad<MB>(&ksh[16u * LDK + 16u], lk), s1);
+//#endif
+//#endif
     let sb = sa + 4u;
     coopStoreT(s0, &ssh[sa], ls); coopStoreT(s1, &ssh[sb], ls);
     if (t == 0u) { rescale = 0u; }
@@ -182,18 +217,52 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       for (var c = 0u; c < 2u; c++) { ssh[lr * LDS + half * 2u + c] *= scale_by; }
       workgroupBarrier();
       o3 = coopLoadT<MC>(&ssh[sa], ls);
+//#if D128
       coopStoreT(o4, &ssh[sa], ls);
       workgroupBarrier();
       for (var c = 0u; c < 2u; c++) { ssh[lr * LDS + half * 2u + c] *= scale_by; }
       workgroupBarrier();
       o4 = coopLoadT<MC>(&ssh[sa], ls);
+      coopStoreT(o5, &ssh[sa], ls);
+      workgroupBarrier();
+      for (var c = 0u; c < 2u; c++) { ssh[lr * LDS + half * 2u + c] *= scale_by; }
+      workgroupBarrier();
+      o5 = coopLoadT<MC>(&ssh[sa], ls);
+      coopStoreT(o6, &ssh[sa], ls);
+      workgroupBarrier();
+      for (var c = 0u; c < 2u; c++) { ssh[lr * LDS + half * 2u + c] *= scale_by; }
+      workgroupBarrier();
+      o6 = coopLoadT<MC>(&ssh[sa], ls);
+      coopStoreT(o7, &ssh[sa], ls);
+      workgroupBarrier();
+      for (var c = 0u; c < 2u; c++) { ssh[lr * LDS + half * 2u + c] *= scale_by; }
+      workgroupBarrier();
+      o7 = coopLoadT<MC>(&ssh[sa], ls);
+//#else
+//#if D80
+      coopStoreT(o4, &ssh[sa], ls);
+      workgroupBarrier();
+      for (var c = 0u; c < 2u; c++) { ssh[lr * LDS + half * 2u + c] *= scale_by; }
+      workgroupBarrier();
+      o4 = coopLoadT<MC>(&ssh[sa], ls);
+//#endif
+//#endif
     }
     let p0 = coopLoadT<MA>(&psh[pa], lp); let p1 = coopLoadT<MA>(&psh[pa + 4u], lp);
     o0 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[0u], lk), o0); o0 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 0u], lk), o0);
     o1 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[4u], lk), o1); o1 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 4u], lk), o1);
     o2 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[8u], lk), o2); o2 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 8u], lk), o2);
     o3 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[12u], lk), o3); o3 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 12u], lk), o3);
+//#if D128
     o4 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[16u], lk), o4); o4 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 16u], lk), o4);
+    o5 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[20u], lk), o5); o5 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 20u], lk), o5);
+    o6 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[24u], lk), o6); o6 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 24u], lk), o6);
+    o7 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[28u], lk), o7); o7 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 28u], lk), o7);
+//#else
+//#if D80
+    o4 = coopMultiplyAdd(p0, coopLoadT<MB>(&vsh[16u], lk), o4); o4 = coopMultiplyAdd(p1, coopLoadT<MB>(&vsh[16u * LDK + 16u], lk), o4);
+//#endif
+//#endif
     workgroupBarrier();
   }
   lsh[t] = sum;
@@ -230,6 +299,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     o[oa + 12u] = ssh[a] * inv; o[oa + 13u] = ssh[a + 1u] * inv;
   }
   workgroupBarrier();
+//#if D128
   coopStoreT(o4, &ssh[sa], ls);
   workgroupBarrier();
   if (r < rows) {
@@ -237,4 +307,36 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     o[oa + 16u] = ssh[a] * inv; o[oa + 17u] = ssh[a + 1u] * inv;
   }
   workgroupBarrier();
+  coopStoreT(o5, &ssh[sa], ls);
+  workgroupBarrier();
+  if (r < rows) {
+    let a = lr * LDS + half * 2u;
+    o[oa + 20u] = ssh[a] * inv; o[oa + 21u] = ssh[a + 1u] * inv;
+  }
+  workgroupBarrier();
+  coopStoreT(o6, &ssh[sa], ls);
+  workgroupBarrier();
+  if (r < rows) {
+    let a = lr * LDS + half * 2u;
+    o[oa + 24u] = ssh[a] * inv; o[oa + 25u] = ssh[a + 1u] * inv;
+  }
+  workgroupBarrier();
+  coopStoreT(o7, &ssh[sa], ls);
+  workgroupBarrier();
+  if (r < rows) {
+    let a = lr * LDS + half * 2u;
+    o[oa + 28u] = ssh[a] * inv; o[oa + 29u] = ssh[a + 1u] * inv;
+  }
+  workgroupBarrier();
+//#else
+//#if D80
+  coopStoreT(o4, &ssh[sa], ls);
+  workgroupBarrier();
+  if (r < rows) {
+    let a = lr * LDS + half * 2u;
+    o[oa + 16u] = ssh[a] * inv; o[oa + 17u] = ssh[a + 1u] * inv;
+  }
+  workgroupBarrier();
+//#endif
+//#endif
 }
