@@ -4,7 +4,7 @@
 //! weight row and `p` of a row of `x`, scales `s_g` of groups and `t_b` of blocks:
 //! `y = sum_b t_b * sum_{g in b} (s_g * (sum_k q p - zero * sum_k p) + min_g * sum_k p)`.
 //!
-//! One row of `x` streams the panels through registers ([`Gemv`]). More rows are a matrix product: panels are widened
+//! One row of `x` streams the panels through registers ([`gemv`]). More rows are a matrix product: panels are widened
 //! to a byte a code in memory that stays in the first-level cache ([`Unpack`]), and tiles of sums pass over them
 //! ([`Tiles`]).
 
@@ -53,9 +53,6 @@ impl Shape {
         Shape { block, group: l.group.min(block), zero, range: packed.input_range().map(f32::to_bits) }
     }
 }
-
-/// Steps of `x` that share a scale, and steps of one integer sum, at most.
-pub(super) const MAX_GROUP: usize = 128;
 
 /// Steps of `x` that share a scale: codes of eight bits deserve finer ones, unless the weights' own steps are those of
 /// whole rows.
@@ -246,7 +243,7 @@ pub(super) struct Header<'a, D: Dots> {
     pub(super) l: &'a Layout,
     at: *const u8,
     /// Where nested: the numbers that scales and minima are multiples of.
-    pub(super) outer: [D::F; 2],
+    outer: [D::F; 2],
     bias: f32,
 }
 
@@ -278,29 +275,11 @@ impl<'a, D: Dots> Header<'a, D> {
             match self.l.format.scale {
                 ScaleKind::F16 => self.d.load_f16(self.at.add(2 * LANES * g)),
                 ScaleKind::BF16 => self.d.load_bf16(self.at.add(2 * LANES * g)),
-                ScaleKind::Nested => self.d.mul(self.outer[0], self.inner_scale(g)),
+                ScaleKind::Nested => {
+                    self.d.mul(self.outer[0], self.d.load_i8(self.at.add(self.l.sub_scales + LANES * g)))
+                }
             }
         }
-    }
-
-    /// Where nested: what `outer[0]` is multiplied with to be the scales of group `g`.
-    ///
-    /// # Safety
-    /// As for [`Header::scale`].
-    #[inline(always)]
-    pub(super) unsafe fn inner_scale(&self, g: usize) -> D::F {
-        // SAFETY: inside the header.
-        unsafe { self.d.load_i8(self.at.add(self.l.sub_scales + LANES * g)) }
-    }
-
-    /// Where nested: what `outer[1]` is multiplied with to be taken off in group `g`.
-    ///
-    /// # Safety
-    /// As for [`Header::scale`]; the format has minima.
-    #[inline(always)]
-    pub(super) unsafe fn inner_minimum(&self, g: usize) -> D::F {
-        // SAFETY: inside the header.
-        unsafe { self.d.load_u8(self.at.add(self.l.sub_minima + LANES * g)) }
     }
 
     /// What is added to `scale * code` in group `g`, for codes as the kernels take them.
@@ -318,9 +297,7 @@ impl<'a, D: Dots> Header<'a, D> {
                     let above = d.fma(byte(), d.splat_f(-1.0), d.splat_f(self.bias));
                     d.mul(scale, above)
                 }
-                (ZeroKind::Minima, ScaleKind::Nested) => {
-                    d.mul(d.mul(self.outer[1], self.inner_minimum(g)), d.splat_f(-1.0))
-                }
+                (ZeroKind::Minima, ScaleKind::Nested) => d.mul(d.mul(self.outer[1], byte()), d.splat_f(-1.0)),
                 (ZeroKind::Minima, _) => d.load_f16(self.at.add(l.minima + 2 * LANES * g)),
                 (ZeroKind::Fixed(_), _) => d.splat_f(0.0),
             }

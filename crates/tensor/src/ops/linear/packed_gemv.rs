@@ -1,11 +1,11 @@
 //! One row of quantised `x` times packed weights: decoding. What is read once should only be waited for, so everything
 //! that is not a product is kept out of the inner loop.
 
-use super::packed::{Header, MAX_GROUP, Source, X, unit};
+use super::packed::{Header, Source, X, unit};
 use super::rows::Store;
 use crate::Isa;
 use crate::ops::gemm::FinishRows;
-use crate::packed::{Layout, Packed, ScaleKind, UNIT, ZeroKind};
+use crate::packed::{Layout, Packed, UNIT, ZeroKind};
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 
 /// Columns of one task where one row of `x` is multiplied, at most: every task begins with memory that nobody asked for.
@@ -78,8 +78,9 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bo
     let (units, span) = (x.k / UNIT, l.span / UNIT);
     let per_block = x.shape.block / UNIT;
     let per_group = if HALVES { 1 } else { x.shape.group / UNIT };
+    // From places in the span to its groups: of a power of two units, or one for all.
+    let group = if l.group < l.span { (l.group / UNIT).max(1).ilog2() } else { usize::BITS - 1 };
     let fixed = x.shape.zero.is_some();
-    let nested = l.format.scale == ScaleKind::Nested;
     let zero = d.splat_f(0.0);
     let mut total = [zero; STREAMS];
     let (mut at, mut within, mut first) = (p, 0, 0);
@@ -104,16 +105,7 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bo
                 let here = left.min(span - within);
                 let headers = each!(I in [0 1 2 3] => Header::new(d, l, at[I]));
                 let mut codes = each!(I in [0 1 2 3] => at[I].add(l.header + within * 64 * BITS));
-                // The group's number in the span; a whole row has one.
-                let mut g = if HALVES {
-                    2 * within
-                } else if l.group > MAX_GROUP {
-                    0
-                } else {
-                    within / per_group
-                };
-                let mut scaled =
-                    Scaled { products: if nested { [zero; STREAMS] } else { sum }, minima: [zero; STREAMS] };
+                let mut place = within;
                 let mut rest = here;
                 while rest > 0 {
                     let count = per_group.min(rest);
@@ -128,9 +120,8 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bo
                                 let low = d.splat_i(start);
                                 [products(d, low, &q, 0, steps), products(d, d.splat_i(second), &q, 4, steps)]
                             });
-                            scaled.add(&headers, g, each!(I in [0 1 2 3] => both[I][0]), x_sums);
+                            sum = add(&headers, 2 * place, each!(I in [0 1 2 3] => both[I][0]), x_sums, sum);
                             acc = each!(I in [0 1 2 3] => both[I][1]);
-                            g += 1;
                             x_sums = x_sums.add(1);
                         } else {
                             acc = each!(I in [0 1 2 3] => {
@@ -141,11 +132,11 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bo
                         steps = steps.add(UNIT / 4);
                         codes = codes.map(|codes| codes.add(64 * BITS));
                     }
-                    scaled.add(&headers, g, acc, x_sums);
-                    g += 1;
+                    let g = if HALVES { 2 * place + 1 } else { place >> group };
+                    sum = add(&headers, g, acc, x_sums, sum);
+                    place += count;
                     x_sums = x_sums.add(1);
                 }
-                sum = scaled.onto(&headers, sum);
                 left -= here;
                 within += here;
                 if within == span {
@@ -189,64 +180,29 @@ unsafe fn products<D: Dots>(d: D, mut acc: D::I, q: &[D::Q; 8], first: usize, st
     acc
 }
 
-/// Sums of groups of a span, and those before it. What all groups of the span are multiplied with waits for its end:
-/// then sums begin anew.
-struct Scaled<D: Dots> {
-    products: [D::F; STREAMS],
-    minima: [D::F; STREAMS],
-}
-
-impl<D: Dots> Scaled<D> {
-    /// Adds group `g` of the span.
-    ///
-    /// # Safety
-    /// The headers have such a group, and `x_sum` points to the group's sum of `x`.
-    #[inline(always)]
-    unsafe fn add(
-        &mut self,
-        headers: &[Header<'_, D>; STREAMS],
-        g: usize,
-        acc: [D::I; STREAMS],
-        x_sum: *const f32,
-    ) {
-        let (d, format) = (headers[0].d, &headers[0].l.format);
-        // SAFETY: the caller's promise.
-        unsafe {
-            if format.scale == ScaleKind::Nested {
-                self.products = each!(I in [0 1 2 3] => {
-                    d.fma(d.to_f(acc[I]), headers[I].inner_scale(g), self.products[I])
-                });
-                if !matches!(format.zero, ZeroKind::Fixed(_)) {
-                    let less = d.splat_f(-*x_sum);
-                    self.minima =
-                        each!(I in [0 1 2 3] => d.fma(headers[I].inner_minimum(g), less, self.minima[I]));
-                }
-                return;
-            }
-            let scales = each!(I in [0 1 2 3] => headers[I].scale(g));
-            self.products = each!(I in [0 1 2 3] => d.fma(d.to_f(acc[I]), scales[I], self.products[I]));
-            if !matches!(format.zero, ZeroKind::Fixed(_)) {
-                let x_sum = d.splat_f(*x_sum);
-                self.products = each!(I in [0 1 2 3] => {
-                    d.fma(headers[I].minimum(g, scales[I]), x_sum, self.products[I])
-                });
-            }
+/// Adds group `g` of the span, whose sum of `x` is at `x_sum`.
+///
+/// # Safety
+/// The headers have such a group; one f32 at `x_sum`.
+#[inline(always)]
+unsafe fn add<D: Dots>(
+    headers: &[Header<'_, D>; STREAMS],
+    g: usize,
+    acc: [D::I; STREAMS],
+    x_sum: *const f32,
+    mut sum: [D::F; STREAMS],
+) -> [D::F; STREAMS] {
+    let d = headers[0].d;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scales = each!(I in [0 1 2 3] => headers[I].scale(g));
+        sum = each!(I in [0 1 2 3] => d.fma(d.to_f(acc[I]), scales[I], sum[I]));
+        if !matches!(headers[0].l.format.zero, ZeroKind::Fixed(_)) {
+            let x_sum = d.splat_f(*x_sum);
+            sum = each!(I in [0 1 2 3] => d.fma(headers[I].minimum(g, scales[I]), x_sum, sum[I]));
         }
     }
-
-    /// These and what was before.
-    #[inline(always)]
-    fn onto(self, headers: &[Header<'_, D>; STREAMS], before: [D::F; STREAMS]) -> [D::F; STREAMS] {
-        let (d, format) = (headers[0].d, &headers[0].l.format);
-        if format.scale != ScaleKind::Nested {
-            return self.products;
-        }
-        let sums = each!(I in [0 1 2 3] => d.fma(self.products[I], headers[I].outer[0], before[I]));
-        match format.zero {
-            ZeroKind::Fixed(_) => sums,
-            _ => each!(I in [0 1 2 3] => d.fma(self.minima[I], headers[I].outer[1], sums[I])),
-        }
-    }
+    sum
 }
 
 /// The panels of a set of sources that are whole panels, of one layout; where there are fewer than streams, some twice.
