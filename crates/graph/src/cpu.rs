@@ -403,8 +403,9 @@ impl Program for CpuProgram {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = self.plan(&mut work, &all)?;
         if work.arena.len() < plan.arena {
+            // The old one is freed first.
             work.arena = AlignedF32::default();
-            work.arena.resize(plan.arena)?;
+            work.arena = AlignedF32::working(plan.arena)?;
         }
         let run = Run { program: self, plan: &plan, given: &given, bindings: &all };
         let needed = self.graph.needed(wanted)?;

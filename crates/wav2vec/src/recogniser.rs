@@ -414,6 +414,7 @@ fn graph(config: &Wav2VecConfig, weights: &Weights, wanted: Wanted, fuse: bool) 
     let mut graph = g.finish();
     if fuse {
         passes::optimise(&mut graph)?;
+        passes::apply("attention over bytes", passes::attend_in_int8, &mut graph)?;
     } else {
         passes::prepare(&mut graph)?;
     }
