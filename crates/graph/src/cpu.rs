@@ -334,7 +334,7 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
     }
     let values = tensor.to_f32()?;
     finite(&values, name)?;
-    let mut copy = AlignedF32::zeroed(values.len())?;
+    let mut copy = AlignedF32::working(values.len())?;
     copy.copy_from_slice(&values);
     Ok(Held::Values(copy))
 }

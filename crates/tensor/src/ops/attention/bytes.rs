@@ -1,14 +1,14 @@
-//! Attention over signed bytes, for operands that are no more exact than that: all queries see all keys.
+//! Attention over integers, for operands that are no more exact than that: all queries see all keys.
 //!
-//! A row of queries or keys of a head becomes bytes with a scale; values become bytes with a scale for each component
-//! over [`BK`] keys. Scores are integer sums. The weights `exp(s - m)` of a block of keys become integers up to
-//! 127 * 128 in two bytes, `128 h + l`, because a long tail of small weights may count for much; both parts are multiplied with
-//! the values as integers, and blocks are added in f32 with running maxima and sums, as in [`flash`](super::flash).
-//! Everything is made bytes once, before the tiles begin.
+//! A row of queries or keys of a head becomes integers of twelve bits with a scale: eight would cost as much as all the
+//! rounding of a quantised layer, because errors of scores are errors of weights. Values become bytes with a scale for
+//! each component over [`BK`] keys. Scores are then integer sums. The weights `exp(s - m)` of a block of keys become
+//! integers up to 127 * 128 in two bytes, `128 h + l`, because a long tail of small weights may count for much; both
+//! parts are multiplied with the values as integers, and blocks are added in f32 with running maxima and sums, as in
+//! [`flash`](super::flash). Everything is made integers once, before the tiles begin.
 
 use super::{Attention, Mask};
 use crate::ops::SharedMut;
-use crate::ops::linear::quantise_bytes;
 use crate::packed::MAX_BLOCK;
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::simd::{Kernel, Simd, math};
@@ -18,6 +18,8 @@ use crate::{Cpu, Isa, KvFormat, Result};
 const BK: usize = 256;
 /// The largest weight, 127 * 128, to the base of 2: its upper byte is 127, and the lower one has room for a rounding up.
 const TOP_LOG2: f32 = 13.988_685;
+/// The largest number of a query or key: sums of [`MAX_BLOCK`] products fit 32 bits.
+const MOST: f32 = 2047.0;
 /// Tiles of rows in one task.
 const TILES: usize = 32;
 /// Rows of a tile, at most.
@@ -43,9 +45,9 @@ struct Sizes {
     queries: usize,
     keys: usize,
     components: usize,
-    /// Groups of four components.
+    /// Pairs of components.
     steps: usize,
-    /// What the codes of keys and values are more than the numbers that they stand for.
+    /// What the codes of values are more than the numbers that they stand for.
     zero: i32,
 }
 
@@ -58,14 +60,14 @@ impl Sizes {
             queries: a.t.next_multiple_of(rows),
             keys: a.s.next_multiple_of(BK),
             components: a.d.next_multiple_of(LANES * panels),
-            steps: a.d.div_ceil(4),
+            steps: a.d.div_ceil(2),
             zero: 128 - dot::bias8(isa),
         }
     }
 
-    /// Codes, scales and corrections of one head's queries.
+    /// Codes and scales of one head's queries.
     fn query(&self) -> usize {
-        (self.queries * (self.steps + 2)).next_multiple_of(16)
+        (self.queries * (self.steps + 1)).next_multiple_of(16)
     }
 
     /// Codes and scales of one head's keys, then of its values.
@@ -167,14 +169,11 @@ impl Operands {
 fn run_tile(isa: Isa, a: &Attention<'_>, z: &Sizes, o: &Operands, first: usize) {
     let mut state =
         [Row { max: f32::NEG_INFINITY, sum: 0.0, factor: 0.0, scale: 0.0, code_sums: [0; 2] }; MAX_ROWS];
-    let mut zeros = [0i32; MAX_ROWS];
     let scales = o.query.wrapping_add(z.queries * z.steps + first);
-    let corrections = scales.wrapping_add(z.queries).cast::<i32>();
-    // SAFETY: scales and corrections of the tile's queries, which were written before the tiles began; the tile's sums.
+    // SAFETY: scales of the tile's queries, which were written before the tiles began; the tile's sums.
     unsafe {
         for i in 0..z.rows {
             state[i].scale = *scales.add(i);
-            zeros[i] = *corrections.add(i);
         }
         std::slice::from_raw_parts_mut(o.sums(z), z.rows * z.components).fill(0.0);
     }
@@ -185,7 +184,7 @@ fn run_tile(isa: Isa, a: &Attention<'_>, z: &Sizes, o: &Operands, first: usize) 
         let key_scales = o.key.wrapping_add(z.keys * z.steps + block * BK);
         let value = o.value.wrapping_add(block * BK / 4 * z.components).cast::<u8>();
         let value_scales = o.value.wrapping_add(z.keys / 4 * z.components + block * z.components);
-        dot::run(isa, Scores { z, query, zeros: &zeros, key, scales: key_scales, count, to: o.own });
+        dot::run(isa, Scores { z, query, key, scales: key_scales, count, to: o.own });
         isa.run(Weigh { z, scores: o.own, to: o.weights(z), count, state: &mut state });
         dot::run(isa, Mix { z, o, count, state: &state, value, scales: value_scales });
     }
@@ -207,13 +206,38 @@ struct Row {
     code_sums: [i32; 2],
 }
 
+/// Integers up to [`MOST`] and their scale; NaN where a value is not finite.
+#[inline(always)]
+fn integers(values: &[f32], codes: &mut [i16; MAX_BLOCK]) -> f32 {
+    let (mut most, mut finite) = (0f32, true);
+    for v in values {
+        let size = v.abs();
+        most = if size > most { size } else { most };
+        finite &= size <= f32::MAX;
+    }
+    let inverse = MOST / most;
+    // A subnormal maximum has no finite inverse; such values are lost in any sum.
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    for (c, v) in codes.iter_mut().zip(values) {
+        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+        *c = (v * inverse + 12_582_912.0).to_bits() as i16;
+    }
+    if finite { most / MOST } else { f32::NAN }
+}
+
+/// Two integers side by side.
+#[inline(always)]
+fn two(codes: [i16; 2]) -> u32 {
+    u32::from(codes[0] as u16) | u32::from(codes[1] as u16) << 16
+}
+
 /// Four codes, `zero` more than they stand for.
 #[inline(always)]
 fn four(codes: [i8; 4], zero: i32) -> u32 {
     u32::from_le_bytes(codes.map(|c| (i32::from(c) + zero) as u8))
 }
 
-/// The queries `first..first + BK` of a head: codes `[query][step]`, scales, `-zero` times the sums of codes.
+/// The queries `first..first + BK` of a head: codes `[query][step]`, scales.
 struct CodeQueries<'a> {
     a: &'a Attention<'a>,
     z: Sizes,
@@ -229,20 +253,17 @@ impl DotKernel for CodeQueries<'_> {
         // Scores are powers of two.
         let scale = a.scale * std::f32::consts::LOG2_E;
         for i in first..(first + BK).min(z.queries) {
-            let mut codes = [0i8; MAX_BLOCK];
+            let mut codes = [0i16; MAX_BLOCK];
             let mut step = 0.0;
             if i < a.t {
-                step = quantise_bytes(&a.q[i * a.q_stride + head * a.d..][..a.d], None, &mut codes) * scale;
+                step = integers(&a.q[i * a.q_stride + head * a.d..][..a.d], &mut codes) * scale;
             }
-            let sum: i32 = codes.iter().map(|&c| i32::from(c)).sum();
             // SAFETY: query `i` of this head belongs to this task.
             unsafe {
-                for (s, codes) in codes.as_chunks::<4>().0.iter().take(z.steps).enumerate() {
-                    to.add(i * z.steps + s).cast::<u32>().write(four(*codes, 0));
+                for (s, codes) in codes.as_chunks::<2>().0.iter().take(z.steps).enumerate() {
+                    to.add(i * z.steps + s).cast::<u32>().write(two(*codes));
                 }
-                let scales = to.add(z.queries * z.steps);
-                *scales.add(i) = step;
-                scales.add(z.queries + i).cast::<i32>().write(-z.zero * sum);
+                *to.add(z.queries * z.steps + i) = step;
             }
         }
     }
@@ -264,16 +285,16 @@ impl DotKernel for CodeKeys<'_> {
         let stride = a.k.stride / 4;
         let keys: &[f32] = bytemuck::cast_slice(a.k.bytes);
         for j in block * BK..(block + 1) * BK {
-            let mut codes = [0i8; MAX_BLOCK];
+            let mut codes = [0i16; MAX_BLOCK];
             let mut scale = 0.0;
             if j < a.s {
-                scale = quantise_bytes(&keys[j * stride + head * a.d..][..a.d], None, &mut codes);
+                scale = integers(&keys[j * stride + head * a.d..][..a.d], &mut codes);
             }
             // SAFETY: key `j` of this head belongs to this task.
             unsafe {
                 let panel = to.add(j / LANES * LANES * z.steps + j % LANES).cast::<u32>();
-                for (s, codes) in codes.as_chunks::<4>().0.iter().take(z.steps).enumerate() {
-                    panel.add(s * LANES).write(four(*codes, z.zero));
+                for (s, codes) in codes.as_chunks::<2>().0.iter().take(z.steps).enumerate() {
+                    panel.add(s * LANES).write(two(*codes));
                 }
                 *to.add(z.keys * z.steps + j) = scale;
             }
@@ -346,13 +367,14 @@ macro_rules! for_tile {
     };
 }
 
-/// `acc[i][j] += w[s][j] * x[i][s]` over `steps` groups of four steps: a tile of integer sums.
+/// `acc[i][j] += w[s][j] * x[i][s]` over `steps` groups of four bytes or, with `WIDE`, two integers of 16 bits: a tile of
+/// integer sums.
 ///
 /// # Safety
 /// Codes of `NP` panels in each step, `panel` bytes apart, the steps `step` bytes apart; rows of `x` that are `x_stride`
 /// groups apart and as long.
 #[inline(always)]
-unsafe fn tile<D: Dots, const R: usize, const NP: usize>(
+unsafe fn tile<D: Dots, const R: usize, const NP: usize, const WIDE: bool>(
     d: D,
     acc: &mut [[D::I; NP]; R],
     w: *const u8,
@@ -370,7 +392,9 @@ unsafe fn tile<D: Dots, const R: usize, const NP: usize>(
             }
             for i in 0..R {
                 for j in 0..NP {
-                    acc[i][j] = d.dot(acc[i][j], codes[j], x.add(i * x_stride + s));
+                    let x = x.add(i * x_stride + s);
+                    acc[i][j] =
+                        if WIDE { d.dot16(acc[i][j], codes[j], x) } else { d.dot(acc[i][j], codes[j], x) };
                 }
             }
         }
@@ -381,7 +405,6 @@ unsafe fn tile<D: Dots, const R: usize, const NP: usize>(
 struct Scores<'a> {
     z: &'a Sizes,
     query: *const i32,
-    zeros: &'a [i32; MAX_ROWS],
     key: *const u8,
     scales: *const f32,
     count: usize,
@@ -401,13 +424,18 @@ impl Scores<'_> {
         let steps = self.z.steps;
         for first in (0..self.count).step_by(LANES * NP) {
             let mut acc = [[d.splat_i(0); NP]; R];
-            for i in 0..R {
-                acc[i] = [d.splat_i(self.zeros[i]); NP];
-            }
             // SAFETY: panels of the block, of which there are whole sets; the tile's queries; a block of scores.
             unsafe {
                 let key = self.key.add(first * steps * 4);
-                tile(d, &mut acc, key, [LANES * steps * 4, LANES * 4], self.query, steps, steps);
+                tile::<D, R, NP, true>(
+                    d,
+                    &mut acc,
+                    key,
+                    [LANES * steps * 4, LANES * 4],
+                    self.query,
+                    steps,
+                    steps,
+                );
                 for j in 0..NP {
                     let scale = d.load_f(self.scales.add(first + j * LANES));
                     for i in 0..R {
@@ -514,7 +542,15 @@ impl Mix<'_> {
                         acc[i] = [d.splat_i(-z.zero * state[i].code_sums[part]); NP];
                     }
                     let codes = codes.cast::<i32>().cast_const();
-                    tile(d, &mut acc, value, [LANES * 4, z.components * 4], codes, BK / 4, steps);
+                    tile::<D, R, NP, false>(
+                        d,
+                        &mut acc,
+                        value,
+                        [LANES * 4, z.components * 4],
+                        codes,
+                        BK / 4,
+                        steps,
+                    );
                     if part == 0 {
                         for i in 0..R {
                             for j in 0..NP {

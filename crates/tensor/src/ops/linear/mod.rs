@@ -10,7 +10,6 @@ mod gemv;
 mod packed;
 mod rows;
 
-pub(super) use self::packed::quantise as quantise_bytes;
 use self::rows::{Rows, Store};
 use super::gemm::{self, gemm};
 use super::{SharedMut, expect};

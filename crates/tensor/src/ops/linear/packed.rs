@@ -157,7 +157,7 @@ impl DotKernel for Quantise<'_> {
 /// Codes `round(v / scale)` in -127..=127, and the scale: that of the largest magnitude, or of `range`, beyond which
 /// values are cut off. NaN where a value is not finite.
 #[inline(always)]
-pub(in crate::ops) fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; MAX_BLOCK]) -> f32 {
+fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; MAX_BLOCK]) -> f32 {
     let (mut most, mut finite) = (0f32, true);
     for v in values {
         let size = v.abs();
