@@ -201,6 +201,10 @@ impl Quantiser {
             let what = "a speech checkpoint has no form in GGUF; write a .pglm file".to_owned();
             return Err(Error::Policy { policy: self.plan.policy.clone(), what });
         };
+        if !self.opened.subject().others().is_empty() {
+            let what = "an audio branch has no form in GGUF; write a .pglm file".to_owned();
+            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
+        }
         if self.options.static_inputs {
             let what = "fixed input ranges have no place in a GGUF file; write a .pglm file".to_owned();
             return Err(Error::Policy { policy: self.plan.policy.clone(), what });
