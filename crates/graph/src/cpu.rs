@@ -632,6 +632,8 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
     let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
     let stored = graph.kept_as_stored();
     let by_row = read_by_row(graph);
+    // What convolutions take besides the scratch memory that the context keeps between nodes.
+    let mut besides = 0;
     for (i, node) in graph.nodes.iter().enumerate() {
         let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();
         match &node.op {
@@ -661,7 +663,8 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 let weight = graph.meta(node.inputs[1]).dtype.is_quantised();
                 let (padded, m, k) = c.product(plan.shape(node.inputs[0]), plan.shape(node.inputs[1]))?;
                 let bytes = if weight { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
-                memory.scratch = memory.scratch.max(bytes as u64 + padded);
+                memory.scratch = memory.scratch.max(bytes as u64);
+                besides = besides.max(padded);
             }
             Op::Attention(a) => {
                 let t = plan.shape(node.inputs[0])[0];
@@ -672,5 +675,6 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
             _ => {}
         }
     }
+    memory.scratch += besides;
     Ok(memory)
 }
