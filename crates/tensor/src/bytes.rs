@@ -116,6 +116,8 @@ pub struct AlignedF32 {
 
 /// Bytes from which working memory is in huge pages.
 const HUGE: usize = 4 << 20;
+/// Bytes of a huge page: systems put whole numbers of them at their multiples, and begin others anywhere.
+const HUGE_PAGE: usize = 2 << 20;
 
 impl AlignedF32 {
     /// `len` zeros; an error instead of an abort where memory cannot be had.
@@ -130,8 +132,10 @@ impl AlignedF32 {
     /// are looked up more often. Pages that are never touched take no memory.
     pub fn working(len: usize) -> Result<AlignedF32> {
         match len.checked_mul(4) {
-            Some(bytes) if bytes >= HUGE && cfg!(not(target_family = "wasm")) => {
-                let mapped = Some(Memory::new(bytes.next_multiple_of(64), "working memory")?);
+            Some(bytes)
+                if bytes >= HUGE && bytes <= isize::MAX as usize && cfg!(not(target_family = "wasm")) =>
+            {
+                let mapped = Some(Memory::new(bytes.next_multiple_of(HUGE_PAGE), "working memory")?);
                 Ok(AlignedF32 { lines: Vec::new(), mapped, len })
             }
             _ => AlignedF32::zeroed(len),
