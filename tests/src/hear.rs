@@ -1,7 +1,8 @@
 //! Speech: both families of Wav2Vec2 against the reference, streaming, and what broken checkpoints and clips give.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use pocketglm::quantise::{Method, Policy, QuantiseOptions, Quantiser};
 use pocketglm::{AudioPrecision, Chunking, EngineOptions, Recogniser, Sound, Trace, TranscribeOptions};
 use serde_json::Value;
 
@@ -182,6 +183,92 @@ fn int8_weights_keep_most_of_the_result() {
         println!("{name}: int8 is {apart:.1e} from f32");
         assert!(apart > 1e-6 && apart < 0.3, "{name}: {apart:.1e}");
     }
+}
+
+/// Quantises a checkpoint to a `.pglm` file.
+fn quantised(work: &Folder, name: &str, policy: &str) -> PathBuf {
+    let out = work.file(&format!("{name}-{policy}.pglm"));
+    let options = QuantiseOptions { threads: 2, ..QuantiseOptions::new(Policy::load(policy).unwrap()) };
+    Quantiser::open(folder(name), options).unwrap().write_pglm(&out).unwrap();
+    out
+}
+
+fn logits(model: &Recogniser, samples: usize) -> Vec<f32> {
+    model.trace(&sound(samples, 3)).unwrap().get("logits").unwrap().to_f32().unwrap().into_owned()
+}
+
+/// Largest relative L2 of the logits of the golden checkpoints behind a policy, and the least part of greedy tokens that
+/// stay: these are tiny models with random weights whose logits lie close together. Measured: see the test's output.
+const POLICIES: [(&str, f64, f64); 5] = [
+    ("keep", 0.0, 1.0),
+    ("int8-row", 0.15, 0.7),
+    ("int8", 0.15, 0.7),
+    ("Q8_0", 0.15, 0.7),
+    ("int4", 0.9, 0.05),
+];
+
+#[test]
+fn a_quantised_speech_file_says_what_its_checkpoint_says() {
+    let work = Folder::new();
+    for name in ["base", "large", "base-odd-kernel", "large-old-names"] {
+        let exact = open(name, options());
+        let wanted = logits(&exact, 48_000);
+        for (policy, most, least) in POLICIES {
+            let model = Recogniser::open(quantised(&work, name, policy), options()).unwrap();
+            let found = logits(&model, 48_000);
+            let apart = relative_l2(&found, &wanted);
+            let v = model.model().vocabulary().unwrap().len();
+            let best = |row: &[f32]| (0..v).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+            let rows = wanted.chunks(v).zip(found.chunks(v));
+            let same = rows.filter(|(a, b)| best(a) == best(b)).count() as f64 / (wanted.len() / v) as f64;
+            println!("{name} {policy}: {apart:.1e} from f32, {:.1} % of the frames agree", 100.0 * same);
+            assert!(apart <= most && same >= least, "{name} {policy}: {apart:.1e}, {same:.3}");
+            assert!(policy == "keep" || apart > 1e-6, "{name} {policy}: nothing was rounded");
+        }
+    }
+}
+
+#[test]
+fn a_file_in_eight_bits_is_what_rounding_while_loading_gives() {
+    let work = Folder::new();
+    work.write("clip.wav", wav(&clip(48_000, 7), 16_000));
+    let how = chunked(20.0, 5.0);
+    for name in ["base", "large"] {
+        let int8 = EngineOptions { audio_precision: AudioPrecision::Int8, ..options() };
+        let (loaded, file) = (open(name, int8), quantised(&work, name, "int8-row"));
+        let file = Recogniser::open(file, options()).unwrap();
+        assert_eq!(logits(&loaded, 20_000), logits(&file, 20_000), "{name}");
+        let text = |model: &Recogniser| model.transcribe_file(work.file("clip.wav"), &how).unwrap();
+        assert_eq!(text(&loaded), text(&file), "{name}");
+    }
+    // A file in f32 can be rounded while it is loaded as well.
+    let kept = quantised(&work, "base", "keep");
+    let int8 = EngineOptions { audio_precision: AudioPrecision::Int8, ..options() };
+    let again = Recogniser::open(kept, int8.clone()).unwrap();
+    assert_eq!(logits(&again, 20_000), logits(&open("base", int8), 20_000));
+}
+
+#[test]
+fn what_a_speech_checkpoint_cannot_be_quantised_to_is_refused() {
+    let work = Folder::new();
+    let quantiser = |policy: &str, path: &Path| {
+        let options = QuantiseOptions { threads: 1, ..QuantiseOptions::new(Policy::load(policy).unwrap()) };
+        Quantiser::open(path, options)
+    };
+    let to_gguf = quantiser("int8-row", &folder("base")).unwrap().write_gguf(work.file("a.gguf"), None);
+    assert!(error(to_gguf).contains("no form in GGUF"));
+    let gptq = Policy::load("int8-row").unwrap().with_method(Method::Gptq);
+    let gptq = Quantiser::open(folder("base"), QuantiseOptions::new(gptq)).map(|_| ());
+    assert!(error(gptq).contains("gptq"));
+    let twice = quantiser("int4", &quantised(&work, "base", "int8-row")).map(|_| ());
+    assert!(error(twice).contains("is already int8-row"));
+    // A damaged file is named.
+    let file = quantised(&work, "large", "int8-row");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes.truncate(middle);
+    std::fs::write(&file, bytes).unwrap();
+    assert!(error(Recogniser::open(&file, options()).map(|_| ())).contains("large-int8-row.pglm"));
 }
 
 /// A WAV file of 16-bit samples.

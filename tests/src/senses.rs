@@ -1,5 +1,6 @@
 //! Text, pictures and sounds in one prompt: the audio branch and the fusion of modalities.
 
+use pocketglm::quantise::{Policy, QuantiseOptions, Quantiser};
 use pocketglm::{
     Content, Engine, EngineOptions, GenerateOptions, Message, Model, Part, Prompt, Request, Sound, Trace,
 };
@@ -221,4 +222,55 @@ fn the_plan_counts_the_audio_branch() {
     }
     assert_eq!(engine.info().audio_layers, 2);
     assert!(engine.info().audio.count > 20_000);
+}
+
+/// The golden checkpoint with the adapter's tensors as a shard of its own: a checkpoint that hears by itself.
+fn hearing() -> Folder {
+    let work = Folder::copy_of("bf16");
+    let adapter = std::fs::read(path("hear/adapter/adapter.safetensors")).unwrap();
+    let header = |bytes: &[u8]| -> Value {
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        serde_json::from_slice(&bytes[8..8 + length]).unwrap()
+    };
+    let fields: Value =
+        serde_json::from_str(header(&adapter)["__metadata__"]["pocketglm.adapter"].as_str().unwrap())
+            .unwrap();
+    let mut config: Value = serde_json::from_slice(&work.read("config.json")).unwrap();
+    for (name, value) in fields.as_object().unwrap().iter().filter(|(name, _)| *name != "format") {
+        config[name] = value.clone();
+    }
+    let mut shards = serde_json::Map::new();
+    for (file, bytes) in
+        [("text.safetensors", work.read("model.safetensors")), ("audio.safetensors", adapter)]
+    {
+        let names = header(&bytes);
+        let names = names.as_object().unwrap().keys().filter(|name| *name != "__metadata__");
+        shards.extend(names.map(|name| (name.clone(), json!(file))));
+        work.write(file, bytes);
+    }
+    std::fs::remove_file(work.file("model.safetensors")).unwrap();
+    work.write("model.safetensors.index.json", json!({"metadata": {}, "weight_map": shards}).to_string());
+    work.write("config.json", config.to_string());
+    work
+}
+
+#[test]
+fn a_checkpoint_that_hears_still_does_when_it_is_quantised() {
+    let work = hearing();
+    let file = work.file("eight.pglm");
+    let quantiser = || {
+        let options = QuantiseOptions { threads: 2, ..QuantiseOptions::new(Policy::load("int8").unwrap()) };
+        Quantiser::open(work.path(), options).unwrap()
+    };
+    quantiser().write_pglm(&file).unwrap();
+    assert!(error(quantiser().write_gguf(work.file("text.gguf"), None)).contains("audio branch"));
+    let logits = |model: &std::path::Path| {
+        let engine = Engine::open(model, options()).unwrap();
+        let trace = engine.trace(&engine.prompt(&request(interleaved())).unwrap()).unwrap();
+        ["audio_embeds", "logits"].map(|name| trace.get(name).unwrap().to_f32().unwrap().into_owned())
+    };
+    let (exact, quantised) = (logits(work.path()), logits(&file));
+    assert_eq!(exact[0], quantised[0], "the audio branch stays as it is");
+    let apart = relative_l2(&quantised[1], &exact[1]);
+    assert!(apart > 1e-6 && apart < 0.1, "{apart}");
 }

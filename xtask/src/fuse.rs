@@ -326,6 +326,29 @@ mod tests {
     }
 
     #[test]
+    fn both_speech_families_lose_their_norms_activations_and_the_tag_to_their_neighbours() {
+        let ops = |graph: &Graph, prefix: &str| {
+            graph.nodes().iter().filter(|n| n.op.name().starts_with(prefix)).count()
+        };
+        for (name, normed, layers) in [("wav2vec2-base", 1, 12), ("wav2vec2-large", 7, 24)] {
+            let speech = Speech::open(name).unwrap().unwrap();
+            let Rewritten { before, after, .. } = rewrite(speech.branch(4096).unwrap()).unwrap();
+            // Seven convolutions and the positional one, all with GELU.
+            assert_eq!(ops(&before, "frame_conv"), 8);
+            assert_eq!(ops(&after, "frame_conv_norm_act"), normed, "{name}");
+            assert_eq!(ops(&after, "frame_conv_act"), 8 - normed, "{name}");
+            assert_eq!((ops(&before, "gelu"), ops(&after, "gelu")), (8 + layers, 0), "{name}");
+            assert_eq!(ops(&after, "attention"), layers, "{name}");
+            // The tag is a part of the projection's bias, which is computed once.
+            let tag = after.nodes().iter().find(|n| n.load_time && n.op.name() == "add");
+            assert!(tag.is_some(), "{name}: no bias with the tag in it");
+            let last = after.nodes().iter().rev().find(|n| !n.load_time && !n.op.is_source()).unwrap();
+            assert!(last.op.name().contains("linear"), "{name} ends with {}", last.op.name());
+            assert!(after.compute_nodes() * 4 < before.compute_nodes(), "{name}");
+        }
+    }
+
+    #[test]
     fn numbers_are_grouped_and_scaled() {
         assert_eq!([grouped(5), grouped(1234), grouped(1_234_567)], ["5", "1,234", "1,234,567"]);
         assert_eq!([scaled(12.0), scaled(2.5e9), bytes(1500.0)], ["12", "2.500 G", "1.5 kB"]);

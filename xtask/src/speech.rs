@@ -112,6 +112,10 @@ mod tests {
         // Published, less the vector that masks frames in training.
         assert_eq!(count, 94_396_320 - 768);
         assert_eq!(tensors.len(), 213 - 1);
+        let large = Speech::open("wav2vec2-large").unwrap().unwrap();
+        let tensors = large.tensors(DType::F32).unwrap();
+        let count: usize = tensors.iter().map(|(t, _)| t.shape.iter().product::<usize>()).sum();
+        assert_eq!((count, tensors.len()), (315_438_720 + 1025 * 40 - 1024, 424 - 1));
         assert!(Speech::open("autoglm-phone-9b").unwrap().is_none());
     }
 }

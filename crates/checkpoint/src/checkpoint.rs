@@ -25,7 +25,7 @@ const MIB: u64 = 1 << 20;
 const MAX_JSON_VALUES: usize = 4_000_000;
 
 /// The side files that checkpoints of the family have.
-const SIDE_FILES: [&str; 9] = [
+const SIDE_FILES: [&str; 10] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -35,6 +35,7 @@ const SIDE_FILES: [&str; 9] = [
     "chat_template.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
+    "vocab.json",
 ];
 
 /// Most bytes read of a side file.

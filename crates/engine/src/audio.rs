@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pocketglm_bpe::Tokenizer;
 use pocketglm_checkpoint::{ExpectedTensor, Fields, ReadMode, SafetensorsFile, check_tensors};
 use pocketglm_glm::{AUDIO_SCOPE, AudioTokens, Fusion, Modality, TextConfig};
-use pocketglm_graph::{Graph, GraphBuilder};
+use pocketglm_graph::{Graph, GraphBuilder, passes};
 use pocketglm_tensor::{DType, Packed, Tensor, TensorInfo, WeightSource};
 use pocketglm_wav2vec::{Precision, Prepared, Trace, Wav2VecConfig, encoder, expected_tensors};
 
@@ -134,7 +134,10 @@ impl AudioModel {
         let weights = Arc::new(Prepared::new(weights.clone(), AUDIO_SCOPE, &config, precision));
         let mut g = GraphBuilder::new(&*weights);
         audio_encoder(&mut g, &config, text.hidden_size)?;
-        let graph = crate::model::finish(g, fuse, &Default::default())?;
+        let mut graph = crate::model::finish(g, fuse, &Default::default())?;
+        if fuse {
+            passes::apply("attention over bytes", passes::attend_in_int8, &mut graph)?;
+        }
         Ok(Some(AudioModel { config, tokens, placeholder, mark, normalise, weights, graph }))
     }
 }

@@ -334,7 +334,7 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
     }
     let values = tensor.to_f32()?;
     finite(&values, name)?;
-    let mut copy = AlignedF32::zeroed(values.len())?;
+    let mut copy = AlignedF32::working(values.len())?;
     copy.copy_from_slice(&values);
     Ok(Held::Values(copy))
 }
@@ -403,8 +403,9 @@ impl Program for CpuProgram {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = self.plan(&mut work, &all)?;
         if work.arena.len() < plan.arena {
+            // The old one is freed first.
             work.arena = AlignedF32::default();
-            work.arena.resize(plan.arena)?;
+            work.arena = AlignedF32::working(plan.arena)?;
         }
         let run = Run { program: self, plan: &plan, given: &given, bindings: &all };
         let needed = self.graph.needed(wanted)?;
@@ -631,6 +632,8 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
     let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
     let stored = graph.kept_as_stored();
     let by_row = read_by_row(graph);
+    // What convolutions take besides the scratch memory that the context keeps between nodes.
+    let mut besides = 0;
     for (i, node) in graph.nodes.iter().enumerate() {
         let elements: u64 = plan.shapes[i].iter().map(|s| s.iter().product::<usize>() as u64).sum();
         match &node.op {
@@ -660,7 +663,8 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 let weight = graph.meta(node.inputs[1]).dtype.is_quantised();
                 let (padded, m, k) = c.product(plan.shape(node.inputs[0]), plan.shape(node.inputs[1]))?;
                 let bytes = if weight { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
-                memory.scratch = memory.scratch.max(bytes as u64 + padded);
+                memory.scratch = memory.scratch.max(bytes as u64);
+                besides = besides.max(padded);
             }
             Op::Attention(a) => {
                 let t = plan.shape(node.inputs[0])[0];
@@ -671,5 +675,6 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
             _ => {}
         }
     }
+    memory.scratch += besides;
     Ok(memory)
 }

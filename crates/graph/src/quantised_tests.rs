@@ -254,3 +254,56 @@ fn a_scale_that_is_no_number_is_refused_with_its_place() {
     let error = backend.compile(&graph, Arc::new(source)).err().unwrap().to_string();
     assert!(error.contains("q.weight") && error.contains("row 3"), "{error}");
 }
+
+/// Attention between positions over projections of the source's type.
+fn between_positions(source: &Source) -> Graph {
+    let mut g = GraphBuilder::new(source);
+    let t = Dim::symbol("T");
+    let x = g.input("x", DType::F32, &[t.clone(), K.into()]).unwrap();
+    let segments = g.input("segments", DType::I32, &[2.into()]).unwrap();
+    let heads = ["q", "k", "v"].map(|name| {
+        let y = g.linear(name, x, 64, false).unwrap();
+        g.reshape(y, &[t.clone(), 2.into(), 32.into()]).unwrap()
+    });
+    let mask = crate::ops::SoftmaxMask::Segments;
+    let y = g.attention(heads[0], heads[1], heads[2], 0.05, mask, Some(segments)).unwrap();
+    g.output("y", y);
+    let mut graph = g.finish();
+    passes::optimise(&mut graph).unwrap();
+    graph
+}
+
+#[test]
+fn attention_behind_quantised_projections_may_be_over_bytes_and_no_other() {
+    let int8 = DType::from_name("int8-row").unwrap();
+    let source = |dtype: Option<DType>| {
+        let of = |seed| {
+            let stored = quantised(int8, 64, seed);
+            if dtype.is_some() { stored } else { widened(&stored) }
+        };
+        let tensors = [("q.weight", of(1)), ("k.weight", of(2)), ("v.weight", of(3))];
+        Source(tensors.into_iter().map(|(name, t)| (name.to_string(), t)).collect())
+    };
+    let apply = |graph: &mut Graph| passes::apply("", passes::attend_in_int8, graph).unwrap().applied;
+    assert_eq!(apply(&mut between_positions(&source(None))), 0, "f32 stays f32");
+    let exact = between_positions(&source(Some(int8)));
+    let mut bytes = exact.clone();
+    assert_eq!(apply(&mut bytes), 1);
+    assert_eq!(apply(&mut bytes), 0, "it is done once");
+    let x = noise(9, 70 * K);
+    let bindings = Bindings::new().with("T", 70);
+    let inputs = Inputs::new().f32("x", &x).i32("segments", &[0, 70]);
+    let run = |graph: &Graph| {
+        let backend = CpuBackend::new(Arc::new(Cpu::new(1).unwrap()));
+        let program = backend.compile(graph, Arc::new(source(Some(int8)))).unwrap();
+        assert!(program.memory(&bindings).unwrap().scratch > 0);
+        program
+            .run(&mut program.new_state(&bindings).unwrap(), &inputs, &bindings)
+            .unwrap()
+            .take("y")
+            .unwrap()
+    };
+    let apart = distance(&run(&bytes).values, &run(&exact).values);
+    // The result is the small mean of many values, whose errors are some thousandths of their size.
+    assert!(apart > 1e-6 && apart < 4e-2, "{apart}");
+}

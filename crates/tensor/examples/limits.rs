@@ -118,6 +118,22 @@ fn main() {
         }
     }
 
+    // Layers of a speech encoder with a scale for each row of weights, on half a minute.
+    for (m, n, k) in [(1499, 3072, 768), (1499, 768, 3072), (1499, 2304, 768), (12_000, 512, 1536)] {
+        let name = format!("linear int8-row m={m} n={n} k={k}");
+        let Some(format) = DType::from_name("int8-row").and_then(PackedFormat::of) else { continue };
+        if !wanted(&name) {
+            continue;
+        }
+        let packed = random(&cpu, format, n, k);
+        let parts = [ops::Part { weight: Weight::Packed(&packed), rows: n, bias: None }];
+        let x = values(m * k);
+        let mut y = vec![0f32; m * n];
+        let run = &mut || {
+            ops::linear(&cpu, black_box(&x), m, k, &parts, ops::Epilogue::None, &mut y).unwrap();
+        };
+        compare(&name, "GOP/s", rounds, 2.0 * (m * n * k) as f64 * 1e-9, &dots, run);
+    }
     for (n, k) in [(4096, 4096), (27392, 4096), (4096, 13696)] {
         let f32s = values(n * k);
         let halves: Vec<u16> = f32s.iter().map(|v| (v.to_bits() >> 16) as u16).collect();

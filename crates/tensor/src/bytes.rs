@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::packed::Memory;
 use crate::{Error, Result};
 
 /// Memory that [`Bytes`] share.
@@ -108,8 +109,15 @@ struct Line([f32; 16]);
 #[derive(Default)]
 pub struct AlignedF32 {
     lines: Vec<Line>,
+    /// Where the floats are instead of in `lines`, if this was made as working memory.
+    mapped: Option<Memory>,
     len: usize,
 }
+
+/// Bytes from which working memory is in huge pages.
+const HUGE: usize = 4 << 20;
+/// Bytes of a huge page: systems put whole numbers of them at their multiples, and begin others anywhere.
+const HUGE_PAGE: usize = 2 << 20;
 
 impl AlignedF32 {
     /// `len` zeros; an error instead of an abort where memory cannot be had.
@@ -119,8 +127,30 @@ impl AlignedF32 {
         Ok(v)
     }
 
+    /// The same in huge pages where the system has them and the buffer is large, for memory that kernels go back and
+    /// forth in: on small pages the second-level cache holds less of it, because they lie in it anyhow, and addresses
+    /// are looked up more often. Pages that are never touched take no memory.
+    pub fn working(len: usize) -> Result<AlignedF32> {
+        match len.checked_mul(4) {
+            Some(bytes)
+                if bytes >= HUGE && bytes <= isize::MAX as usize && cfg!(not(target_family = "wasm")) =>
+            {
+                let mapped = Some(Memory::new(bytes.next_multiple_of(HUGE_PAGE), "working memory")?);
+                Ok(AlignedF32 { lines: Vec::new(), mapped, len })
+            }
+            _ => AlignedF32::zeroed(len),
+        }
+    }
+
     /// Makes the buffer exactly `len` long; new elements are zero, old ones keep their values.
     pub fn resize(&mut self, len: usize) -> Result<()> {
+        if self.mapped.is_some() {
+            let mut other = AlignedF32::working(len)?;
+            let kept = len.min(self.len);
+            other[..kept].copy_from_slice(&self[..kept]);
+            *self = other;
+            return Ok(());
+        }
         let lines = len.div_ceil(16);
         if lines > self.lines.len() {
             self.lines.try_reserve_exact(lines - self.lines.len()).map_err(|_| Error::OutOfMemory {
@@ -129,6 +159,8 @@ impl AlignedF32 {
             })?;
         }
         self.lines.resize(lines, Line([0.0; 16]));
+        // What a shorter buffer has left in its last line would come back when it grows.
+        bytemuck::cast_slice_mut(&mut self.lines)[len..].fill(0f32);
         self.len = len;
         Ok(())
     }
@@ -147,12 +179,41 @@ impl AlignedF32 {
 impl std::ops::Deref for AlignedF32 {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        match &self.mapped {
+            Some(memory) => &bytemuck::cast_slice(memory.bytes())[..self.len],
+            None => &bytemuck::cast_slice(&self.lines)[..self.len],
+        }
     }
 }
 
 impl std::ops::DerefMut for AlignedF32 {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        match &mut self.mapped {
+            Some(memory) => &mut bytemuck::cast_slice_mut(memory.writable())[..self.len],
+            None => &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn working_memory_is_zero_and_keeps_what_it_holds_when_it_is_resized() {
+        for len in [0, 5, HUGE / 4 - 1, HUGE / 4 + 3] {
+            let mut memory = AlignedF32::working(len).unwrap();
+            assert_eq!(memory.len(), len);
+            assert!(memory.iter().all(|v| *v == 0.0));
+            assert!((memory.as_ptr() as usize).is_multiple_of(64));
+            memory.fill(2.0);
+            memory.resize(len + 100).unwrap();
+            assert!(memory[..len].iter().all(|v| *v == 2.0) && memory[len..].iter().all(|v| *v == 0.0));
+            memory.resize(len / 2).unwrap();
+            assert!(memory.len() == len / 2 && memory.iter().all(|v| *v == 2.0));
+            memory.resize(len).unwrap();
+            assert!(memory[len / 2..].iter().all(|v| *v == 0.0), "{len}");
+        }
+        assert!(AlignedF32::working(usize::MAX / 2).is_err());
     }
 }

@@ -9,6 +9,8 @@ use crate::{Block, Bytes, BytesOwner, Cpu, DType, Error, Group, Result};
 
 /// Steps of `k` whose codes lie together.
 pub(crate) const UNIT: usize = 32;
+/// Most values of a row that are made bytes with one scale.
+pub(crate) const MAX_BLOCK: usize = 128;
 /// Rows are padded with zero codes to a multiple of this.
 const NESTED: usize = 256;
 
@@ -221,7 +223,7 @@ impl Packed {
         row: &(dyn Fn(usize, &mut RowCodes) -> Result<()> + Sync),
     ) -> Result<Packed> {
         let bytes = Packed::bytes_for(format, rows, k)?;
-        let mut memory = Memory::new(bytes)?;
+        let mut memory = Memory::new(bytes, "packed weights")?;
         pack_into(cpu, format, rows, k, row, memory.writable())?;
         Packed::from_bytes(format, rows, k, Bytes::from_owner(Arc::new(memory)))
     }
@@ -429,24 +431,24 @@ impl Packed {
 
 /// Where there is no virtual memory to map, the allocator's.
 #[cfg(target_family = "wasm")]
-pub(crate) struct Memory(crate::AlignedF32);
+pub(crate) struct Memory(Box<crate::AlignedF32>);
 
 #[cfg(target_family = "wasm")]
 impl Memory {
-    pub(crate) fn new(bytes: usize) -> Result<Memory> {
+    pub(crate) fn new(bytes: usize, _: &str) -> Result<Memory> {
         // Panels are whole cache lines, so the length in bytes is kept.
-        crate::AlignedF32::zeroed(bytes.div_ceil(4)).map(Memory)
+        crate::AlignedF32::zeroed(bytes.div_ceil(4)).map(|m| Memory(Box::new(m)))
     }
 
     pub(crate) fn writable(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
+        bytemuck::cast_slice_mut(&mut self.0[..])
     }
 }
 
 #[cfg(target_family = "wasm")]
 impl BytesOwner for Memory {
     fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
+        bytemuck::cast_slice(&self.0[..])
     }
 }
 
@@ -456,9 +458,9 @@ pub(crate) struct Memory(MmapMut);
 
 #[cfg(not(target_family = "wasm"))]
 impl Memory {
-    pub(crate) fn new(bytes: usize) -> Result<Memory> {
-        let map = MmapMut::map_anon(bytes.max(1))
-            .map_err(|_| Error::OutOfMemory { bytes, what: "packed weights".into() })?;
+    pub(crate) fn new(bytes: usize, what: &str) -> Result<Memory> {
+        let map =
+            MmapMut::map_anon(bytes.max(1)).map_err(|_| Error::OutOfMemory { bytes, what: what.into() })?;
         // Small pages work too, only slower.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);

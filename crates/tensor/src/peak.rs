@@ -150,7 +150,7 @@ impl std::ops::Deref for ReadBuffer {
 /// # Errors
 /// [`crate::Error::OutOfMemory`]
 pub fn read_buffer(bytes: usize) -> Result<ReadBuffer> {
-    let mut memory = Memory::new(bytes.next_multiple_of(4))?;
+    let mut memory = Memory::new(bytes.next_multiple_of(4), "a buffer to read")?;
     // Pages that were never written may all be the same one.
     memory.writable().fill(1);
     Ok(ReadBuffer(memory))

@@ -207,7 +207,7 @@ impl Cpu {
             // The old buffer is freed first: its contents are of no use and both together might not fit.
             old => {
                 drop(old);
-                AlignedF32::zeroed(len)?
+                AlignedF32::working(len)?
             }
         };
         Ok(Scratch { cpu: self, buffer })

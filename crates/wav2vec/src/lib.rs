@@ -25,6 +25,6 @@ mod weights;
 pub use config::{FeatureNorm, SAMPLE_RATE, Wav2VecConfig};
 pub use encoder::{Trace, ctc_head, encoder};
 pub use error::{Error, Result};
-pub use recogniser::{Recogniser, RecogniserInfo, RecogniserOptions, Transcript, Word};
+pub use recogniser::{Recogniser, RecogniserInfo, RecogniserOptions, Transcript, Weights, Word};
 pub use stream::{Chunking, Stream};
 pub use weights::{Precision, Prepared, expected_tensors};

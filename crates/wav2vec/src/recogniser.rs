@@ -61,8 +61,8 @@ pub struct RecogniserInfo {
     pub vocabulary: Option<usize>,
 }
 
-/// The weights under canonical names.
-type Weights = Prepared<Renamed<Checkpoint>>;
+/// The weights of a checkpoint under canonical names.
+pub type Weights = Prepared<Renamed<Checkpoint>>;
 
 struct Inner {
     config: Wav2VecConfig,
@@ -145,6 +145,17 @@ impl Recogniser {
         let wanted = if opened.head { Wanted::Logits } else { Wanted::Features };
         let graph = graph(&opened.config, &opened.weights, wanted, options.fuse)?;
         Ok((opened.info(), graph))
+    }
+
+    /// The weights of a checkpoint as its graph takes them, and the graph as it is built: for programs that write them.
+    ///
+    /// # Errors
+    /// As [`Recogniser::open`].
+    pub fn source(path: impl AsRef<Path>, options: &RecogniserOptions) -> Result<(Arc<Weights>, Graph)> {
+        let opened = Opened::new(path.as_ref(), options)?;
+        let wanted = if opened.head { Wanted::Logits } else { Wanted::Features };
+        let graph = built(&opened.config, &opened.weights, wanted)?;
+        Ok((opened.weights, graph))
     }
 
     /// Sizes of the encoder.
@@ -401,6 +412,18 @@ impl Opened {
 
 /// The graph of a checkpoint, after the passes.
 fn graph(config: &Wav2VecConfig, weights: &Weights, wanted: Wanted, fuse: bool) -> Result<Graph> {
+    let mut graph = built(config, weights, wanted)?;
+    if fuse {
+        passes::optimise(&mut graph)?;
+        passes::apply("attention over bytes", passes::attend_in_int8, &mut graph)?;
+    } else {
+        passes::prepare(&mut graph)?;
+    }
+    Ok(graph)
+}
+
+/// The same as it is built.
+fn built(config: &Wav2VecConfig, weights: &Weights, wanted: Wanted) -> Result<Graph> {
     let mut g = GraphBuilder::new(weights);
     let trace = if wanted == Wanted::Everything { Trace::HiddenStates } else { Trace::Off };
     let x = g.scoped(SCOPE, |g| encoder(g, config, trace))?;
@@ -411,11 +434,5 @@ fn graph(config: &Wav2VecConfig, weights: &Weights, wanted: Wanted, fuse: bool) 
         let logits = ctc_head(&mut g, config, x)?;
         g.output("logits", logits);
     }
-    let mut graph = g.finish();
-    if fuse {
-        passes::optimise(&mut graph)?;
-    } else {
-        passes::prepare(&mut graph)?;
-    }
-    Ok(graph)
+    Ok(g.finish())
 }

@@ -1,13 +1,14 @@
 //! The weights as the graph takes them: kernels with their taps before their channels, the weight norm of the
-//! positional convolution folded, matrices rounded to INT8 where that is wanted.
+//! positional convolution folded, matrices rounded to INT8 where that is wanted. A source may have them so already, as
+//! `.pglm` files do; such tensors pass as they are.
 
 use std::collections::HashMap;
 
 use pocketglm_checkpoint::{ExpectedTensor, NameRules};
 use pocketglm_graph::GraphBuilder;
-use pocketglm_quant::{Method, RowOptions, quantise_row};
+use pocketglm_quant::{Method, RowOptions, dequantise_row, quantise_row};
 use pocketglm_tensor::{
-    Affine, Bytes, DType, Error, Group, Packed, Result, Tensor, TensorInfo, WeightSource,
+    Affine, AlignedF32, Bytes, DType, Error, Group, Packed, Result, Tensor, TensorInfo, WeightSource,
 };
 
 use crate::{Trace, Wav2VecConfig, encoder};
@@ -46,6 +47,9 @@ pub(crate) fn pos_conv_name() -> &'static str {
 /// The two spellings of weight norm: magnitude and direction.
 const SPELLINGS: [[&str; 2]; 2] =
     [["weight_g", "weight_v"], ["parametrizations.weight.original0", "parametrizations.weight.original1"]];
+
+/// Fewest inputs of an output whose weights are rounded: the first convolution has ten.
+const FEWEST: usize = 32;
 
 /// How matrices are kept in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,17 +97,24 @@ impl<W: WeightSource> Prepared<W> {
         let mut changes = HashMap::new();
         let mut channels = 1;
         for (i, (&out, &kernel)) in config.conv_dim.iter().zip(&config.conv_kernel).enumerate() {
-            changes.insert(format!("{scope}.{}", conv_name(i)), (Change::Turn, [out, kernel * channels]));
+            let name = format!("{scope}.{}", conv_name(i));
+            if !is_matrix(&source, &name) {
+                changes.insert(name, (Change::Turn, [out, kernel * channels]));
+            }
             channels = out;
         }
         let (h, k) = (config.hidden_size, config.num_conv_pos_embeddings);
         let inner = h / config.num_conv_pos_embedding_groups;
         let pos_conv = format!("{scope}.encoder.{}", pos_conv_name());
-        changes.insert(pos_conv.clone(), (Change::Fold, [h, k * inner]));
+        let ready = is_matrix(&source, &pos_conv);
+        if !ready {
+            changes.insert(pos_conv.clone(), (Change::Fold, [h, k * inner]));
+        }
         if precision == Precision::Int8 {
             for info in source.tensors() {
                 let matrix = info.shape.len() == 2
                     && info.dtype.is_float()
+                    && info.name != pos_conv
                     && (info.name.starts_with(&format!("{scope}.")) || info.name == "lm_head.weight");
                 if matrix {
                     changes.insert(info.name.clone(), (Change::Round, [info.shape[0], info.shape[1]]));
@@ -111,6 +122,12 @@ impl<W: WeightSource> Prepared<W> {
             }
         }
         Prepared { source, changes, pos_conv, stored_pos_conv: [h, inner, k], precision }
+    }
+
+    /// Whether a tensor under this name is a matrix that can be quantised: one of a linear layer, or of a convolution with
+    /// enough numbers under its kernel; grouped ones have no packed kernel.
+    pub fn quantises(&self, info: &TensorInfo) -> bool {
+        info.shape.len() == 2 && info.shape[1] >= FEWEST && info.name != self.pos_conv
     }
 
     /// The source below.
@@ -125,70 +142,95 @@ impl<W: WeightSource> Prepared<W> {
         names.into_iter().find(|[g, _]| self.source.info(g).is_some())
     }
 
-    /// Whether a changed matrix is rounded: the first convolution is small, and grouped ones have no packed kernel.
+    /// Whether a changed matrix is rounded, see [`Prepared::quantises`].
     fn rounds(&self, change: Change, [_, k]: [usize; 2]) -> bool {
-        self.precision == Precision::Int8 && !matches!(change, Change::Fold) && k >= 32
+        self.precision == Precision::Int8 && !matches!(change, Change::Fold) && k >= FEWEST
     }
 
-    /// The changed matrix in f32.
-    fn changed(&self, name: &str, change: Change, shape: [usize; 2]) -> Result<Vec<f32>> {
+    /// The changed matrix in f32. What was read of the source may leave memory: it is not read again.
+    fn changed(&self, name: &str, change: Change, shape: [usize; 2]) -> Result<AlignedF32> {
         let wrong = |found: &[usize]| Error::Source {
             name: name.into(),
             place: "the checkpoint".into(),
             what: format!("has the shape {found:?}, expected one that makes {shape:?}"),
         };
-        match change {
-            Change::Round => {
-                let tensor = self.source.tensor(name)?;
-                let values = tensor.to_f32()?.into_owned();
-                // The stored numbers are not read again.
-                tensor.shared_bytes().release();
-                Ok(values)
+        let [h, inner, k] = self.stored_pos_conv;
+        let weight_norm = self.weight_norm().filter(|_| matches!(change, Change::Fold));
+        let stored = weight_norm.as_ref().map_or(name, |[_, v]| v.as_str());
+        let tensor = self.source.tensor(stored)?;
+        let [o, c, taps] = *tensor.shape() else { return Err(wrong(tensor.shape())) };
+        let fits = match change {
+            Change::Fold => [o, c, taps] == [h, inner, k],
+            _ => o == shape[0] && c * taps == shape[1],
+        };
+        if !fits {
+            return Err(wrong(tensor.shape()));
+        }
+        let values = tensor.to_f32()?;
+        let mut factors = vec![1.0; taps];
+        if let Some([g, _]) = &weight_norm {
+            let magnitudes = self.source.tensor(g)?;
+            if magnitudes.shape() != [1, 1, k] {
+                return Err(wrong(magnitudes.shape()));
             }
-            Change::Turn => {
-                let tensor = self.source.tensor(name)?;
-                let turned = match *tensor.shape() {
-                    [o, c, k] if o == shape[0] && c * k == shape[1] => turned(&tensor.to_f32()?, c, k),
-                    _ => return Err(wrong(tensor.shape())),
-                };
-                tensor.shared_bytes().release();
-                Ok(turned)
+            factors = norm_factors(&magnitudes.to_f32()?, &values);
+        }
+        let turned = turned(&values, &factors, c)?;
+        drop(values);
+        tensor.shared_bytes().release();
+        Ok(turned)
+    }
+
+    /// The matrix rounded, row after row.
+    fn rounded(&self, name: &str, change: Change, shape: [usize; 2]) -> Result<Tensor> {
+        let dtype = int8();
+        let options = RowOptions { method: Method::Round, importance: None };
+        let mut bytes = Vec::with_capacity(dtype.bytes(&shape).unwrap_or(0));
+        let failed = |e: pocketglm_quant::Error| Error::Source {
+            name: name.into(),
+            place: "the checkpoint".into(),
+            what: e.to_string(),
+        };
+        if matches!(change, Change::Round) {
+            let tensor = self.source.tensor(name)?;
+            let stored = tensor.dtype().row_bytes(shape[1]).unwrap_or(0).max(1);
+            let mut row = vec![0.0; shape[1]];
+            for part in tensor.bytes().chunks_exact(stored) {
+                dequantise_row(tensor.dtype(), part, &mut row).map_err(failed)?;
+                quantise_row(dtype, &row, &options, &mut bytes).map_err(failed)?;
             }
-            Change::Fold => {
-                let [h, inner, k] = self.stored_pos_conv;
-                let Some([g, v]) = self.weight_norm() else {
-                    // Already folded.
-                    let tensor = self.source.tensor(name)?;
-                    if tensor.shape() != self.stored_pos_conv {
-                        return Err(wrong(tensor.shape()));
-                    }
-                    return Ok(turned(&tensor.to_f32()?, inner, k));
-                };
-                let (g, v) = (self.source.tensor(&g)?, self.source.tensor(&v)?);
-                if g.shape() != [1, 1, k] || v.shape() != [h, inner, k] {
-                    return Err(wrong(v.shape()));
-                }
-                let mut kernel = v.to_f32()?.into_owned();
-                fold(&g.to_f32()?, &mut kernel);
-                Ok(turned(&kernel, inner, k))
+            tensor.shared_bytes().release();
+        } else {
+            for row in self.changed(name, change, shape)?.chunks_exact(shape[1].max(1)) {
+                quantise_row(dtype, row, &options, &mut bytes).map_err(failed)?;
             }
         }
+        Tensor::new(dtype, &shape, Bytes::from(bytes))
     }
 }
 
-/// `[o, c, k]` to `[o, k, c]`.
-fn turned(kernel: &[f32], c: usize, k: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(kernel.len());
-    for block in kernel.chunks_exact((c * k).max(1)) {
-        for tap in 0..k {
-            out.extend((0..c).map(|channel| block[channel * k + tap]));
-        }
-    }
-    out
+/// Whether the source has this kernel as a matrix, as a graph takes it.
+fn is_matrix(source: &(impl WeightSource + ?Sized), name: &str) -> bool {
+    source.info(name).is_some_and(|info| info.shape.len() == 2)
 }
 
-/// Weight norm (Salimans & Kingma 2016) with one magnitude for each tap: `v[.., j] · g[j] / |v[.., j]|`.
-fn fold(g: &[f32], v: &mut [f32]) {
+/// `[o, c, k]` to `[o, k, c]`, each tap times its factor.
+fn turned(kernel: &[f32], factors: &[f32], c: usize) -> Result<AlignedF32> {
+    let k = factors.len();
+    let mut out = AlignedF32::working(kernel.len())?;
+    let size = (c * k).max(1);
+    for (block, out) in kernel.chunks_exact(size).zip(out.chunks_exact_mut(size)) {
+        for ((tap, factor), out) in factors.iter().enumerate().zip(out.chunks_exact_mut(c.max(1))) {
+            for (channel, out) in out.iter_mut().enumerate() {
+                *out = block[channel * k + tap] * factor;
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Weight norm (Salimans & Kingma 2016) with one magnitude for each tap: `g[j] / |v[.., j]|`.
+fn norm_factors(g: &[f32], v: &[f32]) -> Vec<f32> {
     let k = g.len().max(1);
     let mut squares = vec![0f64; k];
     for taps in v.chunks_exact(k) {
@@ -196,12 +238,7 @@ fn fold(g: &[f32], v: &mut [f32]) {
             *sum += f64::from(*v) * f64::from(*v);
         }
     }
-    let factors: Vec<f32> = g.iter().zip(&squares).map(|(g, s)| (f64::from(*g) / s.sqrt()) as f32).collect();
-    for taps in v.chunks_exact_mut(k) {
-        for (v, factor) in taps.iter_mut().zip(&factors) {
-            *v *= factor;
-        }
-    }
+    g.iter().zip(&squares).map(|(g, s)| (f64::from(*g) / s.sqrt()) as f32).collect()
 }
 
 impl<W: WeightSource> WeightSource for Prepared<W> {
@@ -240,21 +277,10 @@ impl<W: WeightSource> WeightSource for Prepared<W> {
         if matches!(change, Change::Round) && !self.rounds(change, shape) {
             return self.source.tensor(name);
         }
-        let values = self.changed(name, change, shape)?;
-        if !self.rounds(change, shape) {
-            return Tensor::from_f32(&shape, &values);
+        if self.rounds(change, shape) {
+            return self.rounded(name, change, shape);
         }
-        let dtype = int8();
-        let options = RowOptions { method: Method::Round, importance: None };
-        let mut bytes = Vec::with_capacity(dtype.bytes(&shape).unwrap_or(0));
-        for row in values.chunks_exact(shape[1].max(1)) {
-            quantise_row(dtype, row, &options, &mut bytes).map_err(|e| Error::Source {
-                name: name.into(),
-                place: "the checkpoint".into(),
-                what: e.to_string(),
-            })?;
-        }
-        Tensor::new(dtype, &shape, Bytes::from(bytes))
+        Tensor::new(DType::F32, &shape, self.changed(name, change, shape)?.into())
     }
 
     fn packed(&self, name: &str) -> Result<Option<Packed>> {
@@ -285,7 +311,9 @@ pub fn expected_tensors(
     for info in g.finish().weights() {
         let conv = (0..config.conv_dim.len()).find(|i| info.name == format!("{scope}.{}", conv_name(*i)));
         if let Some(i) = conv {
-            expected.push(tensor(info.name, vec![config.conv_dim[i], channels, config.conv_kernel[i]]));
+            let (o, k) = (config.conv_dim[i], config.conv_kernel[i]);
+            let shape = if is_matrix(source, &info.name) { info.shape } else { vec![o, channels, k] };
+            expected.push(tensor(info.name, shape));
             channels = config.conv_dim[i];
         } else if info.name == pos_conv {
             let found = SPELLINGS.iter().find(|[g, v]| {
@@ -293,7 +321,8 @@ pub fn expected_tensors(
                     || source.info(&format!("{prefix}{v}")).is_some()
             });
             if found.is_none() && source.info(&pos_conv).is_some() {
-                expected.push(tensor(info.name, kernel.clone()));
+                let shape = if is_matrix(source, &pos_conv) { info.shape } else { kernel.clone() };
+                expected.push(tensor(info.name, shape));
                 continue;
             }
             let [g, v] = found.unwrap_or(&SPELLINGS[0]);

@@ -21,10 +21,15 @@ const EXACT: f64 = 1e-4;
 /// The same for int8 weights, on random ones.
 const ROUNDED: f64 = 0.3;
 
+/// How far the peak may be above the plan: the system rounds to pages of two megabytes.
+const ABOVE_PLAN: f64 = 1.02;
+
 /// Every program that takes turns.
 struct Side {
     name: String,
     resident: Resident,
+    /// Bytes that our programs plan for so much audio.
+    planned: Option<f64>,
     took: Vec<f64>,
     peak: f64,
     sample: Vec<f64>,
@@ -39,7 +44,8 @@ impl Side {
         } else {
             name.to_owned()
         };
-        Ok(Side { name, resident, took: Vec::new(), peak: 0.0, sample: Vec::new() })
+        let planned = resident.facts["planned_bytes"].as_f64();
+        Ok(Side { name, resident, planned, took: Vec::new(), peak: 0.0, sample: Vec::new() })
     }
 
     fn turn(&mut self, seconds: usize, counts: bool) -> Result<()> {
@@ -87,9 +93,11 @@ pub fn section(
     let work = Work::new("audio")?;
     let model = checkpoint(&work.0)?;
     let threads = cpu.threads().to_string();
+    let length = seconds.to_string();
     let ours = |weights: &str| {
         let mut command = Command::new(program);
-        command.args(["bench", "--serve", "--threads", &threads, "--audio-weights", weights, "--model"]);
+        command.args(["bench", "--serve", "--threads", &threads, "--seconds", &length]);
+        command.args(["--audio-weights", weights, "--model"]);
         command.arg(&model);
         command
     };
@@ -119,8 +127,8 @@ pub fn section(
          audio at once, f32 graph of transformers for the peer (`bench/audio_peer.py`). The programs take turns; a ratio above \
          1 means that pocketglm is faster: the ratio of the medians, and the median of the ratios of the rounds with the \
          smallest and the largest. Difference: relative L2 of the logits to the last row's.\n\n\
-         | program | seconds | real-time factor | peak memory | ratio | by round | difference |\n\
-         | --- | --- | --- | --- | --- | --- | --- |\n"
+         | program | seconds | real-time factor | peak memory | planned | ratio | by round | difference |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     );
     let theirs = if python.is_some() { sides.last().map(|s| s.took.clone()) } else { None };
     for side in &sides {
@@ -144,9 +152,17 @@ pub fn section(
                 found: format!("{apart:.1e}"),
             });
         }
+        if side.planned.is_some_and(|planned| side.peak > ABOVE_PLAN * planned) {
+            return Err(Error::Content {
+                place: format!("peak memory of {}", side.name),
+                wanted: format!("at most {:.0} bytes, as planned", side.planned.unwrap_or_default()),
+                found: format!("{:.0}", side.peak),
+            });
+        }
+        let planned = side.planned.map_or(String::new(), |p| format!("{:.0} MB", p / 1e6));
         let _ = writeln!(
             text,
-            "| {} | {middle:.3} | {:.4} | {:.0} MB | {ratio} | {by_round} | {apart:.1e} |",
+            "| {} | {middle:.3} | {:.4} | {:.0} MB | {planned} | {ratio} | {by_round} | {apart:.1e} |",
             side.name,
             middle / seconds as f64,
             side.peak / 1e6,

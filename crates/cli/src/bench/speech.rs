@@ -1,5 +1,6 @@
 //! `pocketglm bench` on a speech checkpoint: the encoder and its head on made-up audio, with the real-time factor and peak
-//! memory. With `--serve` it answers one request a line, as `serve.rs` does: `audio SECONDS` gives
+//! memory. With `--serve` it says what memory is planned for `--seconds` of audio and answers one request a line, as
+//! `serve.rs` does: `audio SECONDS` gives
 //! `{"audio": n, "seconds": s, "peak_bytes": b, "sample": [..]}`, where the sample is every 997th number of the logits.
 
 use std::io::{BufRead, Read};
@@ -43,7 +44,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let load = start.elapsed().as_secs_f64();
     let mut out = Out::new();
     if args.serve {
-        return serve(&recogniser, load, &mut out);
+        return serve(&recogniser, load, planned, &mut out);
     }
     let mut took = Vec::new();
     for round in 1..=args.rounds {
@@ -91,10 +92,11 @@ fn encode(recogniser: &Recogniser, seconds: usize) -> Result<(f64, Vec<f32>), Fa
     Ok((took, logits.iter().step_by(SAMPLED).copied().collect()))
 }
 
-fn serve(recogniser: &Recogniser, load: f64, out: &mut Out) -> Result<ExitCode, Failure> {
-    out.json(
-        &json!({"peer": "pocketglm", "version": env!("CARGO_PKG_VERSION"), "load_s": load, "ready": true}),
-    )?;
+fn serve(recogniser: &Recogniser, load: f64, planned: u64, out: &mut Out) -> Result<ExitCode, Failure> {
+    out.json(&json!({
+        "peer": "pocketglm", "version": env!("CARGO_PKG_VERSION"), "load_s": load, "planned_bytes": planned,
+        "ready": true,
+    }))?;
     let mut input = std::io::stdin().lock();
     loop {
         let mut line = Vec::new();

@@ -14,8 +14,8 @@ use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
 use super::kv_scales::{Scaling, kv_scales};
 use super::plan::{Planned, QuantPlan, TensorPlan, plan};
 use super::policy::{Method, Policy};
+use super::subject::Opened;
 use super::table::CalibrationTable;
-use crate::model::Model;
 use crate::{Cancel, EngineOptions, Error, Progress, ProgressFn, Result};
 
 /// Appends what a row of values becomes.
@@ -72,7 +72,7 @@ impl QuantiseOptions {
 
 /// A model about to be quantised. As a [`WeightSource`] it gives the tensors of the result.
 pub struct Quantiser {
-    model: Model,
+    opened: Opened,
     path: PathBuf,
     cpu: Cpu,
     options: QuantiseOptions,
@@ -93,21 +93,28 @@ struct Fold {
 }
 
 impl Quantiser {
-    /// Opens a model (a checkpoint folder, a GGUF or a `.pglm` file) and plans what becomes of it.
+    /// Opens a model (a checkpoint folder, a GGUF or a `.pglm` file), or a speech checkpoint, and plans what becomes of it.
     ///
     /// # Errors
     /// As [`Engine::open`](crate::Engine::open); [`Error::Policy`], [`Error::AlreadyQuantised`],
     /// [`Error::NoCalibration`] and [`Error::Calibration`].
     pub fn open(path: impl AsRef<Path>, options: QuantiseOptions) -> Result<Quantiser> {
         let path = path.as_ref();
-        let model =
-            Model::open(path, &EngineOptions { threads: options.threads, ..EngineOptions::default() })?;
+        let opened =
+            Opened::new(path, &EngineOptions { threads: options.threads, ..EngineOptions::default() })?;
+        let subject = opened.subject();
         let table = options.calibration.as_ref().map(CalibrationTable::open).transpose()?;
-        if let Some(table) = &table {
-            table.check(&model)?;
+        match (&table, subject.model()) {
+            (Some(table), Some(model)) => table.check(model)?,
+            (Some(table), None) => {
+                let what =
+                    "this is of a model that answers, and a speech checkpoint is quantised without one";
+                return Err(Error::Calibration { path: table.path().to_owned(), what: what.into() });
+            }
+            (None, _) => {}
         }
         let Planned { plan, folds } =
-            plan(&model, &options.policy, table.as_ref(), options.force_requantise)?;
+            plan(subject, &options.policy, table.as_ref(), options.force_requantise)?;
         let needed = |method, tensor: &str| Error::NoCalibration { method, tensor: tensor.to_owned() };
         let first = plan.tensors.first().map_or("", |t| t.name.as_str());
         if options.static_inputs && table.is_none() {
@@ -116,7 +123,10 @@ impl Quantiser {
         let kv = match (&table, options.kv_scales) {
             (_, false) => HashMap::new(),
             (None, true) => return Err(needed("--kv-scales", first)),
-            (Some(table), true) => kv_scales(&model, table)?,
+            (Some(table), true) => match subject.model() {
+                Some(model) => kv_scales(model, table)?,
+                None => HashMap::new(),
+            },
         };
         let quantised =
             plan.tensors.iter().find(|t| kv.contains_key(&t.name) && t.from.is_quantised() && t.from == t.to);
@@ -127,7 +137,7 @@ impl Quantiser {
         let folds = folds.into_iter().map(|linears| Fold { linears, scales: OnceLock::new() }).collect();
         let cpu = Cpu::new(options.threads)?;
         let (path, feedback) = (path.to_owned(), Mutex::new(None));
-        let this = Quantiser { model, path, cpu, options, table, plan, by_name, folds, kv, feedback };
+        let this = Quantiser { opened, path, cpu, options, table, plan, by_name, folds, kv, feedback };
         // What the table lacks is said before anything is written.
         this.input_ranges()?;
         Ok(this)
@@ -148,7 +158,7 @@ impl Quantiser {
     /// [`PglmWriter`].
     pub fn write_pglm(&self, out: impl AsRef<Path>) -> Result<()> {
         let out = out.as_ref();
-        let checkpoint = self.model.weights.source();
+        let checkpoint = self.opened.subject().checkpoint();
         let policy = self.options.policy.to_json();
         let calibration = self.table.as_ref().map(|t| {
             serde_json::json!({ "table": t.path().file_name().map(|n| n.to_string_lossy()), "samples": t.samples() })
@@ -185,8 +195,16 @@ impl Quantiser {
     /// # Errors
     /// As [`Quantiser::write_pglm`], and where a format is none of GGUF's.
     pub fn write_gguf(&self, text: impl AsRef<Path>, vision: Option<&Path>) -> Result<()> {
-        let checkpoint = self.model.weights.source();
+        let checkpoint = self.opened.subject().checkpoint();
         let text = text.as_ref();
+        let Some(model) = self.opened.subject().model() else {
+            let what = "a speech checkpoint has no form in GGUF; write a .pglm file".to_owned();
+            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
+        };
+        if !self.opened.subject().others().is_empty() {
+            let what = "an audio branch has no form in GGUF; write a .pglm file".to_owned();
+            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
+        }
         if self.options.static_inputs {
             let what = "fixed input ranges have no place in a GGUF file; write a .pglm file".to_owned();
             return Err(Error::Policy { policy: self.plan.policy.clone(), what });
@@ -216,7 +234,7 @@ impl Quantiser {
             self.report((part * self.plan.bytes_before() as f64) as u64);
         };
         let files = checkpoint.files();
-        Ok(export_gguf(&export, text, vision.filter(|_| self.model.vision.is_some()), &files, &mut progress)?)
+        Ok(export_gguf(&export, text, vision.filter(|_| model.vision.is_some()), &files, &mut progress)?)
     }
 
     /// The fixed range of the input of each quantised matrix; none where inputs are not fixed.
@@ -266,7 +284,7 @@ impl Quantiser {
     /// The bytes of tensor `i` of the plan, in order; `sink` gets them with the number of bytes read for them.
     fn pieces(&self, i: usize, sink: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
         let Some(t) = self.plan.tensors.get(i) else { return Ok(()) };
-        let tensor = self.model.weights.tensor(&t.name)?;
+        let tensor = self.opened.subject().weights().tensor(&t.name)?;
         let fold = self.folds.iter().find(|f| f.linears.norm == t.name);
         if let Some(fold) = fold {
             let scales = self.scales(fold)?;
@@ -315,7 +333,7 @@ impl Quantiser {
         let mut samples = Vec::new();
         let mut k = 0;
         for name in &fold.linears.weights {
-            let tensor = self.model.weights.tensor(name)?;
+            let tensor = self.opened.subject().weights().tensor(name)?;
             k = tensor.shape().last().copied().unwrap_or(0);
             let dtype = self
                 .by_name

@@ -7,6 +7,7 @@ use pocketglm_tensor::{KvFormat, WeightSource};
 
 use super::forward::Forward;
 use super::plan::plan;
+use super::subject::Subject;
 use super::{Samples, Simulation};
 use crate::{Cancel, Engine, EngineOptions, Error, Progress, Prompt, Result};
 
@@ -196,7 +197,7 @@ pub fn evaluate(
     }
     for simulation in &options.simulate {
         let policy = &simulation.policy;
-        let planned = plan(&engine.inner.model, policy, None, false)?.plan;
+        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false)?.plan;
         let simulate = Some(simulation.clone());
         let simulated = EngineOptions { simulate, kv: options.kv, ..options.engine.clone() };
         let fixed = if simulation.static_inputs.is_some() { ", fixed inputs" } else { "" };

@@ -15,6 +15,7 @@ mod plan;
 mod policy;
 mod samples;
 mod simulate;
+mod subject;
 mod table;
 
 pub use calibrate::{CalibrateOptions, Calibrated, calibrate};

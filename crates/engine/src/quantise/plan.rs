@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use pocketglm_graph::passes::{NormedLinears, matrices, normed_linears};
-use pocketglm_tensor::{DType, Packed, PackedFormat, TensorInfo, WeightSource};
+use pocketglm_graph::passes::{NormedLinears, normed_linears};
+use pocketglm_tensor::{DType, Packed, PackedFormat, TensorInfo};
 
 use super::policy::{Assignment, Method, Policy};
+use super::subject::Subject;
 use super::table::CalibrationTable;
-use crate::model::{Model, whole_graph};
 use crate::{Error, Result};
 
 /// What becomes of one tensor.
@@ -97,18 +97,19 @@ pub(super) struct Planned {
 /// # Errors
 /// [`Error::Policy`], [`Error::AlreadyQuantised`], [`Error::NoCalibration`].
 pub(super) fn plan(
-    model: &Model,
+    subject: Subject<'_>,
     policy: &Policy,
     table: Option<&CalibrationTable>,
     force_requantise: bool,
 ) -> Result<Planned> {
-    let graph = whole_graph(&model.text, model.vision.as_ref().map(|v| (&v.config, v.fusion)))?;
+    let graph = subject.graph()?;
     let info = |name: String| -> Result<TensorInfo> {
         let missing = || pocketglm_tensor::Error::Missing { name: name.clone(), place: "the model".into() };
-        Ok(model.weights.info(&name).ok_or_else(missing)?)
+        Ok(subject.weights().info(&name).ok_or_else(missing)?)
     };
-    let candidates: Vec<TensorInfo> = matrices(&graph).into_iter().map(info).collect::<Result<_>>()?;
-    let made = policy.assign(&candidates, model.text.num_hidden_layers)?;
+    let candidates: Vec<TensorInfo> =
+        subject.matrices(&graph).into_iter().map(info).collect::<Result<_>>()?;
+    let made = policy.assign(&candidates, subject.layers())?;
     let mut made: HashMap<String, Assignment> = candidates.iter().map(|i| i.name.clone()).zip(made).collect();
 
     for info in &candidates {
@@ -123,11 +124,9 @@ pub(super) fn plan(
     }
     let folds = settle_methods(&candidates, &mut made, normed_linears(&graph), table)?;
     let folded: HashSet<&str> = folds.iter().map(|f| f.norm.as_str()).collect();
-    // The head of a tied model is the embedding table, which then stays as it is and is packed besides.
-    let read_by_row = "model.language_model.embed_tokens.weight";
 
     let mut tensors = Vec::new();
-    for TensorInfo { name, shape, .. } in graph.weights() {
+    for TensorInfo { name, shape, .. } in graph.weights().into_iter().chain(subject.others()) {
         let stored = info(name.clone())?;
         let made = made.remove(&name);
         let (to, method, note) = match made {
@@ -137,11 +136,10 @@ pub(super) fn plan(
             None => (stored.dtype, None, None),
         };
         let bytes = to.bytes(&shape).unwrap_or(0) as u64;
-        let memory = match (PackedFormat::of(to), shape.as_slice()) {
-            (Some(format), &[rows, k]) if name != read_by_row => Packed::bytes_for(format, rows, k)? as u64,
-            (Some(format), &[rows, k]) if model.text.tie_word_embeddings => {
-                bytes + Packed::bytes_for(format, rows, k)? as u64
-            }
+        // The head of a tied model is the embedding table, which then stays as it is and is packed besides.
+        let memory = match (PackedFormat::of(to), shape.as_slice(), subject.table(&name)) {
+            (Some(format), &[rows, k], None) => Packed::bytes_for(format, rows, k)? as u64,
+            (Some(format), &[rows, k], Some(true)) => bytes + Packed::bytes_for(format, rows, k)? as u64,
             _ => bytes,
         };
         let bytes_before = stored.bytes() as u64;

@@ -28,6 +28,8 @@ pub struct Attention {
     pub mask: AttentionMask,
     /// First column of q, k and v in their operands.
     pub columns: [usize; 3],
+    /// Whether queries, keys and values may be rounded to signed bytes. A backend may compute more exactly.
+    pub int8: bool,
 }
 
 /// Which keys a query sees.
@@ -66,7 +68,9 @@ impl Attention {
         };
         let none = KvRows::f32(&[], 0);
         let arguments = self.arguments((&[], 0), [none; 2], t, s, mask);
-        Ok(kernels::attention_scratch_bytes(cpu, &arguments)? as u64)
+        let bytes =
+            if self.int8 { kernels::attention_int8_scratch_bytes } else { kernels::attention_scratch_bytes };
+        Ok(bytes(cpu, &arguments)? as u64)
     }
 
     fn arguments<'a>(
@@ -96,7 +100,7 @@ impl Attention {
 
 impl OpDef for Attention {
     fn name(&self) -> &'static str {
-        "attention"
+        if self.int8 { "attention_int8" } else { "attention" }
     }
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         let wrong =
@@ -155,6 +159,7 @@ impl OpDef for Attention {
             }
         };
         let arguments = self.arguments((q, q_stride), cached, t, keys, mask);
-        Ok(kernels::attention(call.cpu, &arguments, call.output("attention", 0)?)?)
+        let attention = if self.int8 { kernels::attention_int8 } else { kernels::attention };
+        Ok(attention(call.cpu, &arguments, call.output("attention", 0)?)?)
     }
 }

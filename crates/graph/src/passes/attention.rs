@@ -37,6 +37,30 @@ pub fn fuse_attention(graph: &mut Graph) -> crate::Result<usize> {
     Ok(applied)
 }
 
+/// Attention between positions whose queries, keys and values come from quantised matrices gets leave to round them to
+/// bytes: they are no more exact than that. Not in [`ALL`](super::ALL); whoever builds an encoder decides.
+pub fn attend_in_int8(graph: &mut Graph) -> crate::Result<usize> {
+    let mut applied = 0;
+    for i in 0..graph.nodes.len() {
+        let Op::Attention(attention) = &graph.nodes[i].op else { continue };
+        if attention.mask != AttentionMask::Segments || attention.int8 {
+            continue;
+        }
+        let quantised = |v: &Value| {
+            let node = graph.node(*v);
+            matches!(node.op, Op::Linear(_))
+                && node.inputs[1..].iter().any(|w| graph.meta(*w).dtype.is_quantised())
+        };
+        if graph.nodes[i].inputs[..3].iter().all(quantised)
+            && let Op::Attention(attention) = &mut graph.nodes[i].op
+        {
+            attention.int8 = true;
+            applied += 1;
+        }
+    }
+    Ok(applied)
+}
+
 struct Found {
     q: Value,
     k: Value,
@@ -87,6 +111,7 @@ fn matched(graph: &Graph, i: usize) -> Option<Found> {
             SoftmaxMask::Segments => AttentionMask::Segments,
         },
         columns: [0; 3],
+        int8: false,
     };
     let segments = graph.nodes[i].inputs.get(1).copied();
     let scope = graph.nodes[i].scope.clone();

@@ -18,7 +18,7 @@ pub(crate) mod tests;
 use crate::graph::{Graph, Value};
 use crate::ops::Op;
 
-pub use attention::fuse_attention;
+pub use attention::{attend_in_int8, fuse_attention};
 pub use conv::{fold_batch_norm, fuse_conv_activation};
 pub use frame_conv::{fuse_frame_conv_activation, fuse_frame_conv_norm};
 pub use linear::{fold_added_vector, fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu};

@@ -195,7 +195,7 @@ fn convolve(
     if conv.padding == [0, 0] {
         return linear_strided(cpu, x, stride, [out, k], &part, epilogue, y);
     }
-    let mut padded = AlignedF32::zeroed(conv.scratch()?)?;
+    let mut padded = AlignedF32::working(conv.scratch()?)?;
     padded[conv.padding[0] * conv.channels..][..x.len()].copy_from_slice(x);
     linear_strided(cpu, &padded, stride, [out, k], &part, epilogue, y)
 }
@@ -257,7 +257,7 @@ fn grouped(
             &widened
         }
     };
-    let mut turned = AlignedF32::zeroed(conv.scratch()?)?;
+    let mut turned = AlignedF32::working(conv.scratch()?)?;
     let length = turned.len() / conv.channels.max(1);
     let to = SharedMut::new(&mut turned);
     for_rows(cpu, conv.channels, conv.frames, &|channels| {

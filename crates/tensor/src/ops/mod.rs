@@ -24,7 +24,10 @@ mod sample;
 mod softmax;
 pub(crate) mod tile;
 
-pub use attention::{Attention, Mask, attention, attention_scratch_bytes, attention_twin};
+pub use attention::{
+    Attention, Mask, attention, attention_int8, attention_int8_scratch_bytes, attention_scratch_bytes,
+    attention_twin,
+};
 pub use conv::{Conv1d, Conv2d, batch_norm, batch_norm_twin, conv1d, conv1d_twin, conv2d, conv2d_twin};
 pub use conv_frames::{FrameConv, FrameNorm, conv_frames, conv_frames_scratch_bytes, conv_frames_twin};
 pub use elementwise::{

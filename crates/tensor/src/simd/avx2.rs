@@ -95,6 +95,15 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: __m256) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let lanes = _mm256_cvtps_epi32(v);
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
+        }
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: `self` proves the features.
         unsafe { _mm256_add_ps(a, b) }

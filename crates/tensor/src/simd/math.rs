@@ -20,6 +20,21 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.scale2(s.add(p, s.splat(1.0)), n)
 }
 
+/// `2^x` for numbers that are rounded to integers afterwards: relative error below 4e-6, and what is below 2^-20 may be
+/// anything below that. `x` at most 126.
+#[inline(always)]
+pub(crate) fn exp2_to_integers<S: Simd>(s: S, x: S::V) -> S::V {
+    // NaN goes through as second operand.
+    let x = s.max(s.splat(-24.0), x);
+    let n = s.round(x);
+    let r = s.sub(x, n);
+    let mut p = s.splat(9.570_101e-3);
+    for c in [5.591_786e-2, 2.402_474_5e-1, 6.931_218e-1, 0.999_999_3] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    s.scale2(p, n)
+}
+
 /// `1 / (1 + exp(-x))`
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {

@@ -206,6 +206,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `WIDTH` readable bytes at `p`.
     unsafe fn load_nibbles(self, p: *const u8) -> (Self::V, Self::V);
 
+    /// Stores integral lanes in -127..=127 as `WIDTH` signed bytes.
+    /// # Safety
+    /// `WIDTH` writable bytes at `p`.
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V);
+
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`

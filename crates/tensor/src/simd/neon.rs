@@ -107,6 +107,15 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: float32x4_t) {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let words = vmovn_s32(vcvtnq_s32_f32(v));
+            let bytes = vmovn_s16(vcombine_s16(words, words));
+            p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(bytes)));
+        }
+    }
+    #[inline(always)]
     fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
         // SAFETY: `self` proves the features.
         unsafe { vaddq_f32(a, b) }

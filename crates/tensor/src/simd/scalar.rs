@@ -64,6 +64,11 @@ impl Simd for Scalar {
         (f32::from(byte & 15), f32::from(byte >> 4))
     }
     #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: f32) {
+        // SAFETY: the caller's promise.
+        unsafe { p.write(v as i8) };
+    }
+    #[inline(always)]
     fn add(self, a: f32, b: f32) -> f32 {
         a + b
     }

@@ -82,6 +82,51 @@ fn exp_is_within_two_units_in_the_last_place() {
     }
 }
 
+#[derive(Clone, Copy)]
+struct Exp2ToIntegers;
+impl Function for Exp2ToIntegers {
+    #[inline(always)]
+    fn of<S: Simd>(self, s: S, x: S::V) -> S::V {
+        math::exp2_to_integers(s, x)
+    }
+}
+
+#[test]
+fn powers_of_two_that_become_integers_are_exact_enough_for_that() {
+    let x = range(-23.9, 16.0, 100_001);
+    for isa in Isa::available() {
+        let y = apply(isa, Exp2ToIntegers, &x);
+        let error = |(y, x): (&f32, &f32)| (f64::from(*y) / f64::from(*x).exp2() - 1.0).abs();
+        let worst = y.iter().zip(&x).map(error).fold(0.0, f64::max);
+        assert!(worst < 4e-6, "{isa}: {worst}");
+        let special = apply(isa, Exp2ToIntegers, &[f32::NEG_INFINITY, -1e9, f32::NAN, 0.0]);
+        assert!(special[0] < 1e-6 && special[1] < 1e-6 && special[2].is_nan());
+        assert!((special[3] - 1.0).abs() < 4e-6);
+    }
+}
+
+struct StoreBytes<'a>(&'a [f32], &'a mut [i8]);
+impl Kernel for StoreBytes<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for i in (0..self.0.len()).step_by(S::WIDTH) {
+            // SAFETY: both are as long, a multiple of every width.
+            unsafe { s.store_i8(self.1.as_mut_ptr().add(i), s.load(self.0.as_ptr().add(i))) };
+        }
+    }
+}
+
+#[test]
+fn integers_are_stored_as_bytes() {
+    let x: Vec<f32> = (-128..128).map(|i| i.max(-127) as f32).collect();
+    for isa in Isa::available() {
+        let mut bytes = vec![0i8; x.len()];
+        isa.run(StoreBytes(&x, &mut bytes));
+        assert!(bytes.iter().zip(&x).all(|(&b, &x)| f32::from(b) == x), "{isa}");
+    }
+}
+
 #[test]
 fn exp_keeps_subnormal_results_and_special_values() {
     let x =

@@ -4,6 +4,7 @@
 //! Rows of `q` and `out` are `*_stride` floats apart, so that they can be parts of a merged projection; `k` and `v` are
 //! [`KvRows`], parts of a projection or rows of a cache in any [`KvFormat`]. A row that sees nothing gives zeros.
 
+mod bytes;
 mod few;
 mod flash;
 
@@ -120,6 +121,30 @@ fn check(a: &Attention<'_>, out: &[f32]) -> Result<()> {
 pub fn attention(cpu: &Cpu, args: &Attention<'_>, out: &mut [f32]) -> Result<()> {
     check(args, out)?;
     if few::suits(args) { few::few(cpu, args, out) } else { flash::flash(cpu, args, out) }
+}
+
+/// [`attention`] with queries, keys and values rounded to signed bytes: each row of a head of queries and keys with a
+/// scale of its own, each component of 256 values as well. Weights of a softmax keep about 14 bits. Where there is a
+/// causal mask, a cache, or more than one segment this is [`attention`].
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_int8(cpu: &Cpu, args: &Attention<'_>, out: &mut [f32]) -> Result<()> {
+    check(args, out)?;
+    if bytes::suits(args) { bytes::attend(cpu, args, out) } else { attention(cpu, args, out) }
+}
+
+/// Scratch memory, in bytes, that [`attention_int8`] takes from the context for operands of these sizes.
+///
+/// # Errors
+/// As [`attention_scratch_bytes`].
+pub fn attention_int8_scratch_bytes(cpu: &Cpu, args: &Attention<'_>) -> Result<usize> {
+    check_heads(args)?;
+    if bytes::suits(args) {
+        Ok(4 * bytes::scratch_floats(cpu, args))
+    } else {
+        attention_scratch_bytes(cpu, args)
+    }
 }
 
 /// Scratch memory, in bytes, that [`attention`] takes from the context for operands of these sizes.

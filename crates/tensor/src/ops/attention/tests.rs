@@ -234,3 +234,85 @@ fn scratch_is_what_was_declared() {
     attention(&cpu, &args, &mut [0.0; 32]).unwrap();
     assert!(cpu.scratch_bytes() <= attention_scratch_bytes(&cpu, &args).unwrap());
 }
+
+/// Cases of [`attention_int8`]: sizes, and the largest error in units of the values, whose range is -1..1: a step of
+/// their codes is 1/127, and scores of a few units err by some hundredths.
+const BYTES: [([usize; 5], f32); 9] = [
+    ([1, 1, 1, 1, 1], 1e-2),
+    ([3, 3, 4, 2, 17], 2e-2),
+    ([16, 16, 3, 3, 8], 2e-2),
+    ([65, 65, 2, 2, 33], 1e-2),
+    ([100, 100, 2, 1, 64], 1e-2),
+    ([257, 257, 2, 2, 16], 1e-2),
+    ([300, 300, 1, 1, 128], 1e-2),
+    ([7, 515, 4, 1, 64], 1e-2),
+    ([40, 1, 2, 1, 4], 1e-2),
+];
+
+#[test]
+fn attention_over_bytes_is_near_the_twin_on_every_instruction_set() {
+    for (sizes, most) in BYTES {
+        let case = Case::new(sizes, 3);
+        let args = case.args(Mask::Full);
+        assert!(bytes::suits(&args));
+        let mut wanted = vec![0.5; args.t * args.out_stride];
+        attention_twin(&args, &mut wanted).unwrap();
+        let close = Close { relative: 0.0, absolute: most };
+        check(&format!("bytes {sizes:?}"), &wanted, close, &|cpu, out| {
+            out.fill(0.5);
+            attention_int8(cpu, &args, out)
+        });
+        // The bound means something: it is far below the values.
+        assert!(most < 0.05);
+    }
+}
+
+#[test]
+fn a_long_tail_of_small_weights_counts_in_attention_over_bytes() {
+    // One key whose weight is 1, and many of e^-7 each, which eight bits would take for nothing.
+    let (s, d) = (1500, 16);
+    let q = vec![1.0; d];
+    let mut k = vec![0.0; s * d];
+    k[..d].fill(7.0 / d as f32 * 4.0);
+    let v: Vec<f32> = (0..s * d).map(|i| if i < d { 0.0 } else { 1.0 }).collect();
+    let args = Attention {
+        q: &q,
+        q_stride: d,
+        k: KvRows::f32(&k, d),
+        v: KvRows::f32(&v, d),
+        t: 1,
+        s,
+        h: 1,
+        kvh: 1,
+        d,
+        scale: 0.25,
+        mask: Mask::Full,
+        out_stride: d,
+    };
+    let (mut wanted, mut out) = (vec![0.0; d], vec![0.0; d]);
+    attention_twin(&args, &mut wanted).unwrap();
+    assert!(wanted[0] > 0.5, "the tail has the greater part: {}", wanted[0]);
+    attention_int8(&Cpu::new(1).unwrap(), &args, &mut out).unwrap();
+    assert!((out[0] - wanted[0]).abs() < 0.02, "{} for {}", out[0], wanted[0]);
+}
+
+#[test]
+fn attention_over_bytes_keeps_nan_and_leaves_the_rest_to_attention() {
+    let mut case = Case::new([20, 20, 2, 2, 16], 0);
+    case.v[3 * 32 + 5] = f32::NAN;
+    case.q[7 * 32 + 20] = f32::INFINITY;
+    let mut out = vec![0.0; 20 * 32];
+    attention_int8(&Cpu::new(2).unwrap(), &case.args(Mask::Full), &mut out).unwrap();
+    for (i, v) in out.iter().enumerate() {
+        let (row, column) = (i / 32, i % 32);
+        let wanted = column == 5 || (row == 7 && column >= 16);
+        assert_eq!(v.is_nan(), wanted, "row {row} column {column}: {v}");
+    }
+    let case = Case::new([20, 20, 2, 2, 16], 0);
+    for mask in [Mask::Causal { past: 0 }, Mask::Segments(&[0, 8, 20])] {
+        let (mut a, mut b) = (vec![0.0; 20 * 32], vec![0.0; 20 * 32]);
+        attention(&Cpu::new(1).unwrap(), &case.args(mask), &mut a).unwrap();
+        attention_int8(&Cpu::new(1).unwrap(), &case.args(mask), &mut b).unwrap();
+        assert_eq!(a, b);
+    }
+}

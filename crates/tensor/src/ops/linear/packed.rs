@@ -12,7 +12,7 @@ use super::packed_gemv::{FEW_CHUNK, gemv};
 use super::rows::{Rows, Store};
 use crate::ops::SharedMut;
 use crate::ops::gemm::FinishRows;
-use crate::packed::{IQ4_TABLE, Layout, Packed, PackedFormat, ScaleKind, UNIT, ZeroKind};
+use crate::packed::{IQ4_TABLE, Layout, MAX_BLOCK, Packed, PackedFormat, ScaleKind, UNIT, ZeroKind};
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::{Cpu, Isa, Result, Weight};
 
@@ -126,7 +126,7 @@ impl DotKernel for Quantise<'_> {
         for i in 0..rows {
             let row = &values[i * stride..][..k];
             for (b, part) in row.chunks(block).enumerate() {
-                let mut codes = [0i8; 128];
+                let mut codes = [0i8; MAX_BLOCK];
                 let scale = quantise(part, range, &mut codes);
                 // SAFETY: the tile's places in buffers that `X::floats` sized; nobody else has this tile.
                 unsafe {
@@ -153,7 +153,7 @@ impl DotKernel for Quantise<'_> {
 /// Codes `round(v / scale)` in -127..=127, and the scale: that of the largest magnitude, or of `range`, beyond which
 /// values are cut off. NaN where a value is not finite.
 #[inline(always)]
-fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; 128]) -> f32 {
+fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; MAX_BLOCK]) -> f32 {
     let (mut most, mut finite) = (0f32, true);
     for v in values {
         let size = v.abs();
@@ -919,7 +919,7 @@ pub(super) fn rounded(x: &[f32], k: usize, format: PackedFormat, range: Option<f
     let (k, block) = (k.max(1), block_of(format));
     for (row, out) in x.chunks(k).zip(out.chunks_mut(k)) {
         for (part, out) in row.chunks(block).zip(out.chunks_mut(block)) {
-            let mut codes = [0i8; 128];
+            let mut codes = [0i8; MAX_BLOCK];
             let scale = quantise(part, range, &mut codes);
             out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code) * scale);
         }

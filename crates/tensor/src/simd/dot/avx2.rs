@@ -60,6 +60,17 @@ impl Dots for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn dot16(self, acc: Self::I, w: Self::Q, x: *const i32) -> Self::I {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let x = _mm256_set1_epi32(x.read_unaligned());
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(w[0], x)),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], x)),
+            ]
+        }
+    }
+    #[inline(always)]
     fn to_f(self, a: Self::I) -> Self::F {
         // SAFETY: `self` proves the features.
         unsafe { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }

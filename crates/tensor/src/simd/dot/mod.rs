@@ -124,6 +124,10 @@ pub(crate) trait Dots: Copy + Send + Sync + 'static {
     /// # Safety
     /// A readable i32 at `x`.
     unsafe fn dot(self, acc: Self::I, w: Self::Q, x: *const i32) -> Self::I;
+    /// `acc[r] + w[r][0] * x[0] + w[r][1] * x[1]` for the two signed integers of 16 bits in `x` and in each lane of `w`.
+    /// # Safety
+    /// A readable i32 at `x`.
+    unsafe fn dot16(self, acc: Self::I, w: Self::Q, x: *const i32) -> Self::I;
     /// The sums of two rows of `x` as [`Dots::dot_pair`] keeps them.
     #[inline(always)]
     fn join(self, rows: [Self::I; 2]) -> [Self::I; 2] {

@@ -101,6 +101,18 @@ impl<const I8MM: bool> Dots for Neon<I8MM> {
         }
     }
     #[inline(always)]
+    unsafe fn dot16(self, acc: Self::I, w: Self::Q, x: *const i32) -> Self::I {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe {
+            let x = vreinterpretq_s16_s32(vdupq_n_s32(x.read_unaligned()));
+            four!(|I| {
+                let w = vreinterpretq_s16_u8(w[I]);
+                let low = vmull_s16(vget_low_s16(w), vget_low_s16(x));
+                vaddq_s32(acc[I], vpaddq_s32(low, vmull_high_s16(w, x)))
+            })
+        }
+    }
+    #[inline(always)]
     fn join(self, [a, b]: [Self::I; 2]) -> [Self::I; 2] {
         if !I8MM {
             return [a, b];

@@ -39,6 +39,17 @@ impl Dots for Scalar {
         acc
     }
     #[inline(never)]
+    unsafe fn dot16(self, mut acc: Self::I, w: Self::Q, x: *const i32) -> Self::I {
+        // SAFETY: the caller's promise.
+        let x = unsafe { x.read_unaligned() };
+        let x = [i32::from(x as i16), x >> 16];
+        for (acc, w) in acc.iter_mut().zip(w.as_chunks::<4>().0) {
+            let pair = [i16::from_le_bytes([w[0], w[1]]), i16::from_le_bytes([w[2], w[3]])];
+            *acc += i32::from(pair[0]) * x[0] + i32::from(pair[1]) * x[1];
+        }
+        acc
+    }
+    #[inline(never)]
     fn to_f(self, a: Self::I) -> Self::F {
         a.map(|v| v as f32)
     }

@@ -49,6 +49,11 @@ impl Dots for Vnni {
         unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x.read_unaligned())) }
     }
     #[inline(always)]
+    unsafe fn dot16(self, acc: __m512i, w: __m512i, x: *const i32) -> __m512i {
+        // SAFETY: `self` proves the features; the caller promises the memory.
+        unsafe { _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x.read_unaligned())) }
+    }
+    #[inline(always)]
     fn to_f(self, a: __m512i) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_cvtepi32_ps(a) }
