@@ -71,8 +71,15 @@ pub mod bounds {
         reason: "queries, keys, values and probabilities are rounded to f16, and come from products of such operands",
     };
 
+    /// The same over a cache in bytes.
+    pub const COOPERATIVE_KV_INT8: Bound = Bound {
+        name: "f16 operands, int8 cache",
+        most: 1e-2,
+        reason: "keys and values are products of f16 operands: many more of them round to the other of 127 steps",
+    };
+
     /// All of them.
-    pub const ALL: [Bound; 10] = [
+    pub const ALL: [Bound; 11] = [
         EXACT,
         F32,
         KV_F16,
@@ -81,6 +88,7 @@ pub mod bounds {
         KV_INT8,
         HALF_SCALES_SWIGLU,
         COOPERATIVE_ATTENTION,
+        COOPERATIVE_KV_INT8,
         INT8_ACTIVATIONS,
         INT8_ATTENTION,
     ];

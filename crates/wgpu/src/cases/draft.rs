@@ -261,6 +261,7 @@ impl About {
             cooperative: bounds::wider(
                 self.bound,
                 match self.op.contains("qkv") || self.op == "attention" {
+                    true if self.kv == KvFormat::Int8 => bounds::COOPERATIVE_KV_INT8,
                     true => bounds::COOPERATIVE_ATTENTION,
                     false => bounds::COOPERATIVE,
                 },
