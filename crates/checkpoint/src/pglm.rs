@@ -55,6 +55,8 @@ const TABLES: &str = "embed_tokens.weight";
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// Bytes that are hashed between two calls of a progress function.
 const STEP: usize = 8 << 20;
+/// Bytes that are handed on at a time.
+const PIECE: usize = 8 << 20;
 
 /// One tensor in `pglm.tensors`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -520,7 +522,8 @@ impl PglmWriter {
                 let panels = self.pack(i, bytes)?;
                 self.append(tensor, panels)
             }
-            _ => self.append(tensor, bytes.to_vec()),
+            // In pieces: some of them are in memory at once, and the caller's bytes may be mapped.
+            _ => bytes.chunks(PIECE).try_for_each(|piece| self.append(tensor, piece.to_vec())),
         }
     }
 

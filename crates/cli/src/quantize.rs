@@ -18,13 +18,13 @@ use crate::progress::{Bars, Work};
 /// Quantise a model.
 #[derive(Args, Debug)]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, GGUF or .pglm file.
+    /// Checkpoint folder (of a Wav2Vec2 model too), GGUF or .pglm file.
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// The file to write: .pglm, or .gguf for the text part of a GGUF model.
     #[arg(long, value_name = "FILE", required_unless_present = "dry_run")]
     out: Option<PathBuf>,
-    /// What becomes of which tensor: int8, int4, int2, keep, a format for all matrices (int4-g64, Q4_K, Q8_0, F16, ..), or
+    /// What becomes of which tensor: int8, int4, int2, keep, a format for all matrices (int4-g64, int8-row, Q4_K, F16, ..), or
     /// a policy file.
     #[arg(long, value_name = "NAME|FILE", default_value = "int4")]
     policy: String,

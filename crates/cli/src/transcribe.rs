@@ -31,8 +31,8 @@ pub struct TranscribeArgs {
     /// WAV files: any rate, mono or more channels, integers of 8 to 32 bits or 32-bit floats.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Checkpoint folder of a Wav2Vec2 model with a CTC head: config.json, *.safetensors, vocab.json.
-    #[arg(long, value_name = "DIR")]
+    /// A Wav2Vec2 model with a CTC head: its checkpoint folder (config.json, *.safetensors, vocab.json), or a .pglm file.
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// What is printed.
     #[arg(long, value_enum, default_value_t = Form::Times)]

@@ -85,7 +85,7 @@ impl Recogniser {
         Ok(Ranged::new(&engine.device_ops, &programs)?.places(&programs))
     }
 
-    /// Opens and checks a checkpoint folder and makes it ready to run.
+    /// Opens and checks a checkpoint folder or `.pglm` file and makes it ready to run.
     ///
     /// # Errors
     /// What the folder lacks or holds wrongly, with file and tensor; [`Error::Budget`] where the plan for a chunk

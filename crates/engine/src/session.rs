@@ -140,6 +140,7 @@ impl Session {
             engine: self.engine.clone(),
             session: self,
             sampler,
+            top_decides: true,
             stops,
             text: Detokenizer::new(true),
             token_ids: Vec::new(),
@@ -453,6 +454,8 @@ pub struct Generation<'s> {
     prompt: Prompt,
     options: GenerateOptions,
     sampler: Sampler,
+    /// Whether the largest logits have decided so far, where they were asked for.
+    top_decides: bool,
     stops: StopStrings,
     text: Detokenizer,
     token_ids: Vec<u32>,
@@ -629,14 +632,17 @@ impl Generation<'_> {
                 return Ok(id);
             }
         }
-        // They do not decide, or some logit is not finite. The plain way, over the same place of the cache.
+        // They do not decide, or some logit is not finite. The plain way, over the same place of the cache, and for the
+        // tokens to come as well: where 64 are too few once, they would often be, and each time costs a run.
+        self.top_decides = false;
         let mut logits = self.decode(last)?;
         self.sampler.sample(&mut logits).map_err(|e| self.engine.explain(e))
     }
 
     /// Whether the device is asked for the largest logits alone.
     fn wants_top(&self) -> bool {
-        self.engine.inner.decoder.overlaps()
+        self.top_decides
+            && self.engine.inner.decoder.overlaps()
             && self.sampler.may_be_decided_by_top()
             && self.sampler.most_wanted().is_none_or(|k| k <= TOP)
     }

@@ -629,7 +629,9 @@ pub fn plan_memory(graph: &Graph, bindings: &Bindings, cpu: &Cpu) -> Result<Prog
 }
 
 fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
-    let mut memory = ProgramMemory { activations: plan.arena_bytes(), ..ProgramMemory::default() };
+    let working = |elements: u64| AlignedF32::working_bytes(elements as usize) as u64;
+    let mut memory =
+        ProgramMemory { activations: working(plan.arena_bytes() / 4), ..ProgramMemory::default() };
     let stored = graph.kept_as_stored();
     let by_row = read_by_row(graph);
     // What convolutions take besides the scratch memory that the context keeps between nodes.
@@ -647,9 +649,9 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 }
             }
             Op::Weight(w) if stored[i] => memory.weights += w.dtype.bytes(&w.shape).unwrap_or(0) as u64,
-            Op::Weight(_) | Op::Constant(_) => memory.converted += elements * 4,
+            Op::Weight(_) | Op::Constant(_) => memory.converted += working(elements),
             Op::State(s) => memory.states += state_bytes(s.dtype, &plan.shapes[i][0])? as u64,
-            _ if node.load_time => memory.converted += elements * 4,
+            _ if node.load_time => memory.converted += working(elements),
             Op::Linear(_) | Op::Qkv(_) | Op::MatMul(_) => {
                 let x = plan.shape(node.inputs[0]);
                 let k = x.last().copied().unwrap_or(0);

@@ -14,7 +14,12 @@ use crate::{Error, Result};
 /// [`Error::Bytes`] where the bytes are too few or too many.
 pub fn dequantise_row(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     check_bytes(dtype, bytes.len(), out.len())?;
-    Isa::detect().vectorise(Values { dtype, bytes, out })
+    dequantise_row_on(Isa::detect(), dtype, bytes, out)
+}
+
+/// The same as compiled for one instruction set, of bytes of the right number.
+pub(crate) fn dequantise_row_on(isa: Isa, dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    isa.vectorise(Values { dtype, bytes, out })
 }
 
 /// A row whose sizes fit.

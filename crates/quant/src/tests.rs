@@ -1,7 +1,9 @@
 use half::{bf16, f16};
-use pocketglm_tensor::{Affine, Block, DType, Group, IQ4_TABLE, PackedFormat, ScaleKind, ZeroKind};
+use pocketglm_tensor::{Affine, Block, DType, Group, IQ4_TABLE, Isa, PackedFormat, ScaleKind, ZeroKind};
 use proptest::prelude::*;
 
+use crate::dequantise::dequantise_row_on;
+use crate::quantise::encode_units_on;
 use crate::*;
 
 fn all_formats() -> Vec<DType> {
@@ -415,6 +417,42 @@ fn the_source_articles_quantiser_wraps_in_half_of_all_groups_and_this_one_in_non
         let x = [constant; 128];
         for value in read(dtype, &quantised(dtype, &x, &RowOptions::default()), 128) {
             assert!((value - constant).abs() <= constant.abs() / 256.0, "{constant} {value}");
+        }
+    }
+}
+
+/// Rows as they are, and with outliers, zeros and very small and large numbers among them.
+#[test]
+fn every_instruction_set_chooses_the_same_codes_and_reads_the_same_values() {
+    let mut random = Random(11);
+    for dtype in all_formats() {
+        for &k in lengths(dtype).iter().chain(&[13_696]) {
+            if dtype.row_bytes(k).is_none() {
+                continue;
+            }
+            for special in [false, true] {
+                let mut x = random.gaussian(k);
+                if special {
+                    let odd = [0.0, -0.0, 40.0, -1e-6, 1e-30, 3e4];
+                    x.iter_mut().step_by(7).zip(odd.iter().cycle()).for_each(|(x, v)| *x = *v);
+                }
+                let importance: Vec<f32> = (0..k).map(|_| random.uniform().abs()).collect();
+                for importance in [None, Some(importance.as_slice())] {
+                    let encoded = |isa| {
+                        let mut row = RowCodes::default();
+                        encode_units_on(isa, dtype, &x, importance, &mut row).unwrap();
+                        let mut bytes = Vec::new();
+                        put_together(dtype, &row, &mut bytes).unwrap();
+                        let mut values = vec![0.0; k];
+                        dequantise_row_on(isa, dtype, &bytes, &mut values).unwrap();
+                        (bytes, values.into_iter().map(f32::to_bits).collect::<Vec<u32>>())
+                    };
+                    let plain = encoded(Isa::Scalar);
+                    for isa in Isa::available() {
+                        assert!(encoded(isa) == plain, "{dtype} of {k} on {isa}, {special}");
+                    }
+                }
+            }
         }
     }
 }

@@ -142,6 +142,14 @@ impl AlignedF32 {
         }
     }
 
+    /// Bytes of memory that [`AlignedF32::working`] takes for `len` elements once all are touched.
+    pub fn working_bytes(len: usize) -> usize {
+        match len.saturating_mul(4) {
+            bytes if bytes >= HUGE => bytes.checked_next_multiple_of(HUGE_PAGE).unwrap_or(bytes),
+            bytes => bytes,
+        }
+    }
+
     /// Makes the buffer exactly `len` long; new elements are zero, old ones keep their values.
     pub fn resize(&mut self, len: usize) -> Result<()> {
         if self.mapped.is_some() {

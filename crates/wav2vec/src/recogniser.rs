@@ -116,7 +116,7 @@ enum Wanted {
 }
 
 impl Recogniser {
-    /// Opens and checks a checkpoint folder and makes it ready to run on `backend`.
+    /// Opens and checks a checkpoint folder or `.pglm` file and makes it ready to run on `backend`.
     ///
     /// # Errors
     /// What the folder lacks or holds wrongly, with file and tensor.

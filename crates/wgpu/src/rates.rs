@@ -1,15 +1,23 @@
 //! What a device does at most: bytes that a copy moves, operations that registers alone do.
 
+#[cfg(not(target_family = "wasm"))]
 use std::time::Instant;
 
 use pocketglm_graph::{Arithmetic, DeviceFault, Result};
 use pocketglm_kernels::Variant;
+#[cfg(target_family = "wasm")]
+use web_time::Instant;
 
 use crate::device::{Buffer, Device};
 use crate::features::Feature;
 
 /// Blocks of work of which the fastest counts, because a card that was idle takes a moment to clock up.
 const BLOCKS: usize = 8;
+
+/// Seconds of a dispatch beside which its submission does not matter.
+const LONG_ENOUGH: f64 = 5e-3;
+/// Rounds of arithmetic in a dispatch, at most.
+const MOST_ROUNDS: u32 = 1 << 16;
 
 /// Seconds of the fastest of several blocks of `rounds` dispatches.
 fn fastest(
@@ -66,8 +74,8 @@ pub(crate) fn copy(device: &Device) -> Result<f64> {
 /// Operations in a second of each kind of arithmetic that kernels use on this device.
 pub(crate) fn arithmetic(device: &Device) -> Result<Vec<(Arithmetic, f64)>> {
     const LANES: u32 = 256;
-    // Work of a few milliseconds on either: enough to hide what a submission takes.
-    let (groups, rounds) = if device.info.software { (16u32, 64u32) } else { (132 * 16, 4096) };
+    // Enough invocations for the widest devices, and few rounds: systems end what runs for seconds.
+    let (groups, few) = if device.info.software { (16u32, 64u32) } else { (2048, 64) };
     let y = device.storage("rate", u64::from(groups) * u64::from(LANES) * 4)?;
     let mut rates = Vec::new();
     for (kind, flag, feature, of_invocation) in [
@@ -83,7 +91,15 @@ pub(crate) fn arithmetic(device: &Device) -> Result<Vec<(Arithmetic, f64)>> {
         if let Some(flag) = flag {
             variant = variant.flag(flag);
         }
-        match fastest(device, &variant, [rounds, 1], &[&y], groups, 1) {
+        let mut rounds = few;
+        let measured = loop {
+            match fastest(device, &variant, [rounds, 1], &[&y], groups, 1) {
+                // More, until what a submission takes does not matter.
+                Ok(seconds) if seconds < LONG_ENOUGH && rounds < MOST_ROUNDS => rounds *= 4,
+                other => break other,
+            }
+        };
+        match measured {
             Ok(seconds) => {
                 let work = f64::from(groups) * f64::from(LANES) * f64::from(rounds) * of_invocation;
                 rates.push((kind, work / seconds));

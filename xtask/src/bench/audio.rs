@@ -21,9 +21,6 @@ const EXACT: f64 = 1e-4;
 /// The same for int8 weights, on random ones.
 const ROUNDED: f64 = 0.3;
 
-/// How far the peak may be above the plan: the system rounds to pages of two megabytes.
-const ABOVE_PLAN: f64 = 1.02;
-
 /// Every program that takes turns.
 struct Side {
     name: String,
@@ -152,7 +149,7 @@ pub fn section(
                 found: format!("{apart:.1e}"),
             });
         }
-        if side.planned.is_some_and(|planned| side.peak > ABOVE_PLAN * planned) {
+        if side.planned.is_some_and(|planned| side.peak > planned) {
             return Err(Error::Content {
                 place: format!("peak memory of {}", side.name),
                 wanted: format!("at most {:.0} bytes, as planned", side.planned.unwrap_or_default()),

@@ -28,7 +28,7 @@ pub struct Attention {
     pub mask: AttentionMask,
     /// First column of q, k and v in their operands.
     pub columns: [usize; 3],
-    /// Whether queries, keys and values may be rounded to signed bytes. A backend may compute more exactly.
+    /// Whether queries and keys may be rounded to twelve bits and values to bytes. A backend may compute more exactly.
     pub int8: bool,
 }
 

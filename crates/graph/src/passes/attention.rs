@@ -37,8 +37,8 @@ pub fn fuse_attention(graph: &mut Graph) -> crate::Result<usize> {
     Ok(applied)
 }
 
-/// Attention between positions whose queries, keys and values come from quantised matrices gets leave to round them to
-/// bytes: they are no more exact than that. Not in [`ALL`](super::ALL); whoever builds an encoder decides.
+/// Attention between positions whose queries, keys and values come from quantised matrices gets leave to round queries
+/// and keys to twelve bits and values to bytes: they are no more exact than that. Not in [`ALL`](super::ALL); whoever builds an encoder decides.
 pub fn attend_in_int8(graph: &mut Graph) -> crate::Result<usize> {
     let mut applied = 0;
     for i in 0..graph.nodes.len() {

@@ -167,7 +167,18 @@ pub(crate) fn encode_units(
     importance: Option<&[f32]>,
     row: &mut RowCodes,
 ) -> Result<()> {
-    Isa::detect().vectorise(Units { dtype, values, importance, row })
+    encode_units_on(Isa::detect(), dtype, values, importance, row)
+}
+
+/// The same as compiled for one instruction set.
+pub(crate) fn encode_units_on(
+    isa: Isa,
+    dtype: DType,
+    values: &[f32],
+    importance: Option<&[f32]>,
+    row: &mut RowCodes,
+) -> Result<()> {
+    isa.vectorise(Units { dtype, values, importance, row })
 }
 
 struct Units<'a> {

@@ -132,8 +132,10 @@ impl Gain {
         let mut found = None;
         for i in 0..WIDTH {
             let (xm, mm) = (xm[i], mm[i]);
-            if mm > 0.0 && xm * xm > self.gain * mm {
-                *self = Gain { gain: xm * xm / mm, scale: xm / mm };
+            // In this order it stays in f32's range where sums of large values are squares already.
+            let gain = xm * (xm / mm);
+            if mm > 0.0 && gain > self.gain {
+                *self = Gain { gain, scale: xm / mm };
                 found = Some(i);
             }
         }

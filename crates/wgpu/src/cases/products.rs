@@ -87,6 +87,9 @@ fn epilogues(list: &mut Vec<Case>) -> Result<()> {
         (DType::F16, 70, 66, 40),
         (DType::BF16, 40, 66, 40),
         (DType::BF16, 70, 66, 40),
+        // Too few rows for cooperative matrices.
+        (DType::F16, 5, 66, 40),
+        (DType::BF16, 5, 66, 40),
         (DType::BF16, 5, 33, 33),
         (q4, 1, 70, 64),
         (q4, 34, 70, 96),

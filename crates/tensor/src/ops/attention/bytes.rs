@@ -483,6 +483,8 @@ impl Kernel for Weigh<'_> {
                 let (mut sum, mut upper_sum) = (s.splat(0.0), s.splat(0.0));
                 for j in (0..self.count).step_by(S::WIDTH) {
                     let x = s.fma(s.load(scores.add(j)), scale, shift);
+                    // Of large scores the largest may come out a rounding above its maximum. Keeps NaN.
+                    let x = s.min(s.splat(TOP_LOG2), x);
                     let mut code = s.round(math::exp2_to_integers(s, x));
                     if self.count - j < S::WIDTH {
                         let mut lanes = [0f32; LANES];

@@ -123,8 +123,8 @@ pub fn attention(cpu: &Cpu, args: &Attention<'_>, out: &mut [f32]) -> Result<()>
     if few::suits(args) { few::few(cpu, args, out) } else { flash::flash(cpu, args, out) }
 }
 
-/// [`attention`] with queries, keys and values rounded to signed bytes: each row of a head of queries and keys with a
-/// scale of its own, each component of 256 values as well. Weights of a softmax keep about 14 bits. Where there is a
+/// [`attention`] with queries and keys rounded to twelve bits, each row of a head with a scale of its own, and values to bytes, each
+/// component over 256 keys with one. Weights of a softmax keep about 14 bits. Where there is a
 /// causal mask, a cache, or more than one segment this is [`attention`].
 ///
 /// # Errors

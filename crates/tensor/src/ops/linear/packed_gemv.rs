@@ -77,7 +77,7 @@ unsafe fn panels<D: Dots, const BITS: usize, const HALVES: bool, const TABLE: bo
 ) {
     let (units, span) = (x.k / UNIT, l.span / UNIT);
     let per_block = x.shape.block / UNIT;
-    let per_group = if HALVES { 1 } else { x.shape.group / UNIT };
+    let per_group = if HALVES { 1 } else { (x.shape.group / UNIT).max(1) };
     // From places in the span to its groups: of a power of two units, or one for all.
     let group = if l.group < l.span { (l.group / UNIT).max(1).ilog2() } else { usize::BITS - 1 };
     let fixed = x.shape.zero.is_some();
