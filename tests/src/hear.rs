@@ -198,13 +198,14 @@ fn logits(model: &Recogniser, samples: usize) -> Vec<f32> {
 }
 
 /// Largest relative L2 of the logits of the golden checkpoints behind a policy, and the least part of greedy tokens that
-/// stay: these are tiny models with random weights whose logits lie close together. Measured: see the test's output.
-const POLICIES: [(&str, f64, f64); 5] = [
-    ("keep", 0.0, 1.0),
-    ("int8-row", 0.15, 0.7),
-    ("int8", 0.15, 0.7),
-    ("Q8_0", 0.15, 0.7),
-    ("int4", 0.9, 0.05),
+/// stay, for the base family and the large one: a little beyond the worst that was measured, which the test prints. These are
+/// tiny models with random weights whose logits lie close together.
+const POLICIES: [(&str, [(f64, f64); 2]); 5] = [
+    ("keep", [(0.0, 1.0), (0.0, 1.0)]),
+    ("int8-row", [(0.15, 0.75), (0.05, 0.93)]),
+    ("int8", [(0.13, 0.75), (0.05, 0.92)]),
+    ("Q8_0", [(0.09, 0.84), (0.03, 0.93)]),
+    ("int4", [(0.8, 0.14), (0.45, 0.6)]),
 ];
 
 #[test]
@@ -213,7 +214,8 @@ fn a_quantised_speech_file_says_what_its_checkpoint_says() {
     for name in ["base", "large", "base-odd-kernel", "large-old-names"] {
         let exact = open(name, options());
         let wanted = logits(&exact, 48_000);
-        for (policy, most, least) in POLICIES {
+        for (policy, bounds) in POLICIES {
+            let (most, least) = bounds[usize::from(name.starts_with("large"))];
             let model = Recogniser::open(quantised(&work, name, policy), options()).unwrap();
             let found = logits(&model, 48_000);
             let apart = relative_l2(&found, &wanted);

@@ -53,10 +53,8 @@ const PANEL_ROWS: usize = 16;
 const TABLES: &str = "embed_tokens.weight";
 /// A hash that is not known yet; its length is that of every hash.
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
-/// Bytes that are hashed between two calls of a progress function.
+/// Bytes that are hashed between two calls of a progress function, and that are handed on for writing at a time.
 const STEP: usize = 8 << 20;
-/// Bytes that are handed on at a time.
-const PIECE: usize = 8 << 20;
 
 /// One tensor in `pglm.tensors`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -523,7 +521,8 @@ impl PglmWriter {
                 self.append(tensor, panels)
             }
             // In pieces: some of them are in memory at once, and the caller's bytes may be mapped.
-            _ => bytes.chunks(PIECE).try_for_each(|piece| self.append(tensor, piece.to_vec())),
+            Some(_) => bytes.chunks(STEP).try_for_each(|piece| self.append(tensor, piece.to_vec())),
+            None => self.append(tensor, Vec::new()),
         }
     }
 

@@ -108,14 +108,14 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let new_tokens = rounds.iter().map(|t| t.generated_tokens).min().unwrap_or(0);
     let peak = peak_memory();
 
-    let per_op = match args.per_op {
-        true => Some(ops::measure(engine.device_backend(), || {
+    let per_op = args.per_op.then(|| {
+        ops::measure(engine.device_backend(), || {
             let mut session = engine.session();
             begin(&mut session, engine, &prompt, &options, args.model.memory)?.text()?;
             Ok(())
-        })?),
-        false => None,
-    };
+        })
+    });
+    let per_op = per_op.transpose()?;
 
     let mut out = Out::new();
     let prompt_tokens = prompt.token_ids().len();
@@ -166,13 +166,9 @@ fn behind(args: &BenchArgs, engine: &Engine, load: f64, depth: usize) -> Result<
         (0..args.rounds).map(|_| meter.decode(args.max_new_tokens, depth)).collect::<Result<_, _>>()?;
     let middle = median(seconds.clone());
     let rate = args.max_new_tokens as f64 / middle.max(1e-9);
-    let per_op = match args.per_op {
-        // The tokens before are in the cache by now.
-        true => Some(ops::measure(engine.device_backend(), || {
-            meter.decode(args.max_new_tokens, depth).map(|_| ())
-        })?),
-        false => None,
-    };
+    // The tokens before are in the cache by now.
+    let mut again = || meter.decode(args.max_new_tokens, depth).map(|_| ());
+    let per_op = args.per_op.then(|| ops::measure(engine.device_backend(), &mut again)).transpose()?;
     let mut out = Out::new();
     if args.json {
         let mut object = json!({

@@ -56,10 +56,8 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     }
     let seconds = median(took);
     let (factor, peak) = (seconds / args.seconds as f64, peak_memory());
-    let per_op = match args.per_op {
-        true => Some(ops::measure(backend.as_ref(), || encode(&recogniser, args.seconds).map(|_| ()))?),
-        false => None,
-    };
+    let again = || encode(&recogniser, args.seconds).map(|_| ());
+    let per_op = args.per_op.then(|| ops::measure(backend.as_ref(), again)).transpose()?;
     if args.json {
         let mut object = json!({
             "load_s": load, "audio_s": args.seconds, "encode_s": seconds, "real_time_factor": factor,

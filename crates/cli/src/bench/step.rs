@@ -58,12 +58,8 @@ pub fn run(args: &BenchArgs, engine: &Engine, load: f64, size: (u32, u32)) -> Re
     let seconds = [0, 1, 2, 3].map(|part| median(rounds.iter().map(|r| r.seconds[part]).collect()));
     let total = median(rounds.iter().map(|r| r.total).collect());
     let rate = |part: usize| tokens[part] as f64 / seconds[part].max(1e-9);
-    let per_op = match args.per_op {
-        true => Some(ops::measure(engine.device_backend(), || {
-            measure(args, engine, size, args.rounds as u32 + 1).map(|_| ())
-        })?),
-        false => None,
-    };
+    let again = || measure(args, engine, size, args.rounds as u32 + 1).map(|_| ());
+    let per_op = args.per_op.then(|| ops::measure(engine.device_backend(), again)).transpose()?;
     let mut out = Out::new();
     if args.json {
         let mut parts = serde_json::Map::new();

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use pocketglm_graph::{
     Backend, Bindings, DeviceFault, Dim, Error, GraphBuilder, Inputs, Program, Result, passes,
 };
-use pocketglm_tensor::{Cpu, DType, Error as TensorError, Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{Cpu, DType, Tensor};
 
-use super::open;
+use super::{Table, open};
 use crate::cases::{all, compare, quick};
 use crate::features::Feature;
 use crate::{GpuOptions, WgpuBackend};
@@ -83,32 +83,14 @@ fn a_kernel_that_writes_beside_its_result_fails_a_guarded_run() {
     assert!(error.to_string().contains("where no value lies"), "{error}");
 }
 
-/// Rows of a table by index, into a cache, and attention of a kind: what a step of a generation does.
-struct Small(Tensor);
-
-impl WeightSource for Small {
-    fn tensors(&self) -> Vec<TensorInfo> {
-        self.info("table").into_iter().collect()
-    }
-    fn info(&self, name: &str) -> Option<TensorInfo> {
-        let info = TensorInfo { name: name.into(), dtype: DType::F32, shape: self.0.shape().to_vec() };
-        (name == "table").then_some(info)
-    }
-    fn tensor(&self, name: &str) -> Result<Tensor, TensorError> {
-        match name {
-            "table" => Ok(self.0.clone()),
-            _ => Err(TensorError::Missing { name: name.into(), place: "test".into() }),
-        }
-    }
-}
-
+// Rows of a table by index, into a cache, and attention of a kind: what a step of a generation does.
 const ROWS: usize = 40;
 const WIDTH: usize = 16;
 const CAPACITY: usize = 12;
 
 fn program(backend: &WgpuBackend) -> Result<Box<dyn Program>> {
     let values: Vec<f32> = (0..ROWS * WIDTH).map(|i| (i as f32).sin()).collect();
-    let source = Small(Tensor::from_f32(&[ROWS, WIDTH], &values)?);
+    let source = Table(Tensor::from_f32(&[ROWS, WIDTH], &values)?);
     let mut g = GraphBuilder::new(&source);
     let (t, past) = (Dim::symbol("T"), Dim::symbol("P"));
     let ids = g.input("ids", DType::I32, std::slice::from_ref(&t))?;
@@ -184,7 +166,7 @@ fn a_device_that_goes_at_any_point_of_a_generation_is_a_typed_error_and_leaks_no
 #[test]
 fn the_largest_of_a_row_that_is_not_finite_are_none() {
     let Some(backend) = open(&GpuOptions::default()) else { return };
-    let source = Small(Tensor::from_f32(&[1, 1], &[1.0]).unwrap());
+    let source = Table(Tensor::from_f32(&[1, 1], &[1.0]).unwrap());
     for (n, k) in [(1025, 1), (1025, 64), (20_000, 64)] {
         let mut g = GraphBuilder::new(&source);
         let x = g.input("x", DType::F32, &[1.into(), n.into()]).unwrap();
@@ -194,7 +176,7 @@ fn the_largest_of_a_row_that_is_not_finite_are_none() {
         g.output("values", values);
         let mut graph = g.finish();
         passes::optimise(&mut graph).unwrap();
-        let program = backend.compile(&graph, Arc::new(Small(source.0.clone()))).unwrap();
+        let program = backend.compile(&graph, Arc::new(Table(source.0.clone()))).unwrap();
         let mut state = program.new_state(&Bindings::new()).unwrap();
         let mut ids = |bad: Option<(usize, f32)>| {
             let mut x: Vec<f32> = (0..n).map(|i| -(i as f32)).collect();
@@ -267,7 +249,7 @@ fn rows_that_no_binding_holds_are_refused_with_the_tensor_s_size() {
         return;
     };
     // Sixty-four rows of 2,048 values in f32 take 512 KiB.
-    let source = Small(Tensor::from_f32(&[64, 2048], &vec![0.5; 64 * 2048]).unwrap());
+    let source = Table(Tensor::from_f32(&[64, 2048], &vec![0.5; 64 * 2048]).unwrap());
     let mut g = GraphBuilder::new(&source);
     let x = g.input("x", DType::F32, &[1.into(), 2048.into()]).unwrap();
     let table = g.weight("table", &[64, 2048]).unwrap();

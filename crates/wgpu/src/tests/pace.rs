@@ -8,29 +8,10 @@ use pocketglm_graph::{
     Arithmetic, Backend, Bindings, DeviceFault, GraphBuilder, Inputs, Outputs, Program, ProgramState, Result,
     passes,
 };
-use pocketglm_tensor::{Cpu, DType, Error as TensorError, Tensor, TensorInfo, WeightSource};
+use pocketglm_tensor::{Cpu, DType, Tensor};
 
-use super::open;
+use super::{Table, open};
 use crate::{GpuOptions, WgpuBackend};
-
-/// One square table.
-struct Table(Tensor);
-
-impl WeightSource for Table {
-    fn tensors(&self) -> Vec<TensorInfo> {
-        self.info("table").into_iter().collect()
-    }
-    fn info(&self, name: &str) -> Option<TensorInfo> {
-        let info = TensorInfo { name: name.into(), dtype: DType::F32, shape: self.0.shape().to_vec() };
-        (name == "table").then_some(info)
-    }
-    fn tensor(&self, name: &str) -> Result<Tensor, TensorError> {
-        match name {
-            "table" => Ok(self.0.clone()),
-            _ => Err(TensorError::Missing { name: name.into(), place: "test".into() }),
-        }
-    }
-}
 
 /// `layers` products of `rows` rows with a table of `n` columns, each scaled.
 fn program(backend: &dyn Backend, [rows, n, layers]: [usize; 3]) -> Box<dyn Program> {
