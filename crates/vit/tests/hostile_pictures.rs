@@ -1,39 +1,48 @@
 //! Pictures made to hurt: each must give a picture or a typed error, soon, within the declared memory.
 //!
-//! The memory is counted by this test program's allocator, so the tests take turns.
+//! The memory is counted by this test program's allocator, for each thread: decoding starts none.
 
 #![allow(clippy::unwrap_used, reason = "a test: what fails is a failed test")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use pocketglm_vit::preprocess::{DecodeLimits, Image};
 use pocketglm_vit::{Error, Result};
 
-/// The system's allocator, with a count of the bytes in use and of their peak.
+/// The system's allocator, with a count of the bytes that each thread has in use and of their peak.
 struct Counting;
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-static TURN: Mutex<()> = Mutex::new(());
+
+thread_local! {
+    static IN_USE: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(bytes: isize) {
+    // A thread that is ending has no counters any more.
+    let _ = IN_USE.try_with(|in_use| {
+        in_use.set(in_use.get() + bytes);
+        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(in_use.get())));
+    });
+}
 
 // SAFETY: every call goes to `System` with the caller's arguments; the counters touch no memory of the caller.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(IN_USE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        count(layout.size() as isize);
         // SAFETY: the caller keeps the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(IN_USE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        count(layout.size() as isize);
         // SAFETY: the caller keeps the contract of `alloc_zeroed`.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        IN_USE.fetch_sub(layout.size(), Relaxed);
+        count(-(layout.size() as isize));
         // SAFETY: the caller keeps the contract of `dealloc`.
         unsafe { System.dealloc(memory, layout) }
     }
@@ -44,13 +53,11 @@ static ALLOCATOR: Counting = Counting;
 
 /// The result of decoding, with the bytes that it took at most.
 fn decode(what: &str, file: &[u8], limits: &DecodeLimits) -> (Result<Image>, usize) {
-    let turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
-    let before = IN_USE.load(Relaxed);
-    PEAK.store(before, Relaxed);
+    let before = IN_USE.get();
+    PEAK.set(before);
     let start = Instant::now();
     let result = Image::decode(file, limits);
-    let (took, used) = (start.elapsed(), PEAK.load(Relaxed) - before);
-    drop(turn);
+    let (took, used) = (start.elapsed(), (PEAK.get() - before) as usize);
     eprintln!("{what}: {used} bytes, {took:?}, {:?}", result.as_ref().map(|i| (i.width(), i.height())));
     // Two seconds on a free machine; tests run on busy ones.
     assert!(took < Duration::from_secs(10), "{what} took {took:?}");
