@@ -215,6 +215,6 @@ pub(crate) trait Dots: Copy + Send + Sync + 'static {
     /// Sixteen readable bytes at `p`.
     unsafe fn load_u8(self, p: *const u8) -> Self::F;
 
-    /// Asks for the cache line at `p`, which may be any address.
+    /// Asks for the cache line at `p`, which may be any address, in the second-level cache.
     fn prefetch(self, p: *const u8);
 }
