@@ -219,3 +219,150 @@ impl PglmWriter {
         Ok(runs)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use pocketglm_quant::{RowOptions, quantise_codes, quantise_row};
+    use pocketglm_tensor::{DType, TensorInfo};
+
+    use super::*;
+    use crate::test_support::TempDir;
+    use crate::{PglmContents, PglmFile, ReadMode};
+
+    /// A matrix in panels, the last of which is not full, of many pieces; one that stays in rows; a vector; a number;
+    /// and a matrix without rows.
+    fn declared() -> Vec<TensorInfo> {
+        let int4 = DType::from_name("int4-g64").unwrap();
+        let info =
+            |name: &str, dtype, shape: &[usize]| TensorInfo { name: name.into(), dtype, shape: shape.into() };
+        vec![
+            info("w", int4, &[4999, 704]),
+            info("embed_tokens.weight", DType::from_name("int8-g128").unwrap(), &[1500, 768]),
+            info("norm", DType::F32, &[300]),
+            info("scalar", DType::F32, &[]),
+            info("none", int4, &[0, 64]),
+        ]
+    }
+
+    fn values(row: usize, k: usize) -> Vec<f32> {
+        (0..k).map(|i| ((i * 31 + row * 17) % 257) as f32 / 64.0 - 2.0).collect()
+    }
+
+    /// Rows by a formula; those of `w` from `fails` on cannot be made, and one panics.
+    #[derive(Default)]
+    struct Formula {
+        fails: Option<usize>,
+        panics: Option<usize>,
+        short: bool,
+    }
+
+    impl RowMaker for Formula {
+        type Error = Error;
+
+        fn rows(&self, tensor: &str, rows: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
+            let info = declared().into_iter().find(|t| t.name == tensor).unwrap();
+            let k = info.shape.last().copied().unwrap_or(1);
+            for row in rows.skip(usize::from(self.short)) {
+                quantise_row(info.dtype, &values(row, k), &RowOptions::default(), out).unwrap();
+            }
+            Ok(())
+        }
+
+        fn codes(&self, tensor: &str, first: usize, out: &mut [RowCodes]) -> Result<()> {
+            assert_eq!(tensor, "w");
+            for (row, codes) in (first..).zip(out) {
+                assert!(self.panics != Some(row), "row {row} panics");
+                if self.fails.is_some_and(|fails| row >= fails) {
+                    return Err(Error::Write { path: "a test".into(), what: format!("row {row} fails") });
+                }
+                let format = DType::from_name("int4-g64").unwrap();
+                quantise_codes(format, &values(row, 704), &RowOptions::default(), codes).unwrap();
+            }
+            Ok(())
+        }
+
+        fn written(&self, _: &str, _: Range<usize>) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn writer(path: &Path) -> PglmWriter {
+        let contents = PglmContents { tensors: declared(), ..PglmContents::default() };
+        PglmWriter::create(path, &contents, &[]).unwrap()
+    }
+
+    const ALL: [&str; 5] = ["w", "embed_tokens.weight", "norm", "scalar", "none"];
+
+    #[test]
+    fn any_number_of_threads_writes_the_bytes_of_one_tensor_after_the_other() {
+        let dir = TempDir::new();
+        let path = dir.path().join("x.pglm");
+        let mut one = writer(&path);
+        for info in declared() {
+            let k = info.shape.last().copied().unwrap_or(1);
+            for row in 0..info.elements() / k.max(1) {
+                let mut bytes = Vec::new();
+                quantise_row(info.dtype, &values(row, k), &RowOptions::default(), &mut bytes).unwrap();
+                one.write(&info.name, &bytes).unwrap();
+            }
+        }
+        one.finish().unwrap();
+        let wanted = std::fs::read(&path).unwrap();
+        PglmFile::open(&path, ReadMode::Map).unwrap().verify(&mut |_, _| {}).unwrap();
+        for threads in [1, 2, 5] {
+            let mut together = writer(&path);
+            // In another order than they lie in the file.
+            let tensors: Vec<&str> = ALL.into_iter().rev().collect();
+            together.write_together(&Cpu::new(threads).unwrap(), &tensors, &Formula::default()).unwrap();
+            together.finish().unwrap();
+            assert!(std::fs::read(&path).unwrap() == wanted, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn the_first_row_that_fails_is_named_whichever_thread_was_faster_and_nothing_is_left() {
+        for threads in [1, 2, 5] {
+            let dir = TempDir::new();
+            let mut writer = writer(&dir.path().join("x.pglm"));
+            let cpu = Cpu::new(threads).unwrap();
+            let maker = Formula { fails: Some(2345), ..Formula::default() };
+            let error = writer.write_together(&cpu, &ALL, &maker).unwrap_err().to_string();
+            assert!(error.ends_with("row 2345 fails"), "{error}");
+            drop(writer);
+            assert!(dir.names().is_empty());
+        }
+    }
+
+    #[test]
+    fn rows_that_are_too_few_and_tensors_twice_or_undeclared_are_refused() {
+        let dir = TempDir::new();
+        let path = dir.path().join("x.pglm");
+        let cpu = Cpu::new(2).unwrap();
+        let message = |tensors: &[&str], maker: &Formula| {
+            writer(&path).write_together(&cpu, tensors, maker).unwrap_err().to_string()
+        };
+        let plain = Formula::default();
+        assert!(message(&["w", "x"], &plain).ends_with("`x` was not declared"));
+        assert!(message(&["norm", "norm"], &plain).ends_with("`norm` is written twice"));
+        let short = Formula { short: true, ..Formula::default() };
+        assert!(message(&["norm"], &short).contains("0 bytes were made, expected 1200"));
+        // What is left out is missed at the end.
+        let mut some = writer(&path);
+        some.write_together(&cpu, &ALL[..2], &plain).unwrap();
+        assert!(some.finish().unwrap_err().to_string().contains("`norm`"));
+    }
+
+    #[test]
+    fn a_panic_of_one_thread_ends_the_others_and_comes_back() {
+        let dir = TempDir::new();
+        let path = dir.path().join("x.pglm");
+        let caught = std::panic::catch_unwind(|| {
+            let maker = Formula { panics: Some(40), ..Formula::default() };
+            writer(&path).write_together(&Cpu::new(4).unwrap(), &ALL, &maker)
+        });
+        assert!(caught.is_err());
+        assert!(dir.names().is_empty());
+    }
+}
