@@ -140,7 +140,7 @@ fn many_symmetric(format: Affine, down: &[f64; BATCH], up: &[f64; BATCH]) -> Man
         let first = nearest_bf16(wanted);
         let upper = if value_of(first) >= needed { first } else { first + NEXT };
         let sign = if up > down { 0x8000 } else { 0 };
-        let normal = wanted >= NORMAL.start && wanted < NORMAL.end;
+        let normal = NORMAL.contains(&wanted);
         many.scales[i] = bits_of(if normal { upper } else { 1 << 30 }) | sign;
         many.fits[i] = normal & (large < FINITE) & (value_of(upper) >= needed);
     }
@@ -155,7 +155,7 @@ fn many_with_zero(format: Affine, down: &[f64; BATCH], up: &[f64; BATCH]) -> Man
     for i in 0..BATCH {
         let (down, up) = (down[i], up[i]);
         let wanted = (down + up) / top;
-        let normal = wanted >= NORMAL.start && wanted < NORMAL.end;
+        let normal = NORMAL.contains(&wanted);
         let first = nearest_bf16(if normal { wanted } else { 1.0 });
         let fit = |upper: u32| {
             let s = value_of(upper);
