@@ -13,7 +13,6 @@
 
 #![deny(unsafe_code)]
 
-mod behind;
 mod check;
 mod checkpoint;
 mod error;
@@ -29,6 +28,7 @@ mod names;
 mod pglm;
 mod safetensors;
 pub mod synth;
+mod target;
 #[cfg(test)]
 mod test_support;
 mod writer;
@@ -45,7 +45,7 @@ pub use gguf::{
 };
 pub use mapped::{FileBytes, ReadMode};
 pub use names::{NameRules, Renamed};
-pub use pglm::{PglmContents, PglmFile, PglmWriter, export_pglm};
+pub use pglm::{PglmContents, PglmFile, PglmWriter, RowMaker, export_pglm};
 pub use safetensors::{MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, SafetensorsFile};
 pub use writer::SafetensorsWriter;
 

@@ -13,6 +13,8 @@
 //! * `pglm.policy`, `pglm.calibration`: how the model was quantised, where that is known;
 //! * `pglm.header`: the SHA-256 of the header with these 64 digits as zeros.
 
+mod together;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -23,13 +25,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::behind::Behind;
 use crate::error::shown;
 use crate::file::{AtomicFile, join_plain, refuse_inputs};
 use crate::safetensors::{METADATA_KEY, source_error};
+use crate::target::{Place, Target};
 use crate::{
     Error, MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, ReadMode, Result, SafetensorsFile, first_non_finite,
 };
+pub use together::RowMaker;
 
 const VERSION_KEY: &str = "pglm.version";
 const VERSION: &str = "1";
@@ -47,13 +50,11 @@ const ALIGNMENT: u64 = 64;
 const ROWS: &str = "rows";
 /// Panels of sixteen rows, see [`Packed`].
 const PANELS: &str = "panels-16";
-/// Rows of a panel.
-const PANEL_ROWS: usize = 16;
 /// The end of the names of tables of which rows are read.
 const TABLES: &str = "embed_tokens.weight";
 /// A hash that is not known yet; its length is that of every hash.
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
-/// Bytes that are hashed between two calls of a progress function, and that are handed on for writing at a time.
+/// Bytes that are hashed between two calls of a progress function, and that are copied for writing at a time.
 const STEP: usize = 8 << 20;
 
 /// One tensor in `pglm.tensors`.
@@ -408,7 +409,7 @@ pub struct PglmContents<'a> {
 /// writer removes it; what a killed process leaves there is replaced by the next writer of the same target. Two
 /// writers of one target at once are refused.
 pub struct PglmWriter {
-    file: Behind,
+    file: Target,
     path: PathBuf,
     parts: Vec<Part>,
     by_name: HashMap<String, usize>,
@@ -482,7 +483,7 @@ impl PglmWriter {
         let (parts, by_name) = plan(contents).map_err(wrong)?;
         let metadata = metadata(contents).map_err(wrong)?;
         let mut this = PglmWriter {
-            file: Behind::new(path, AtomicFile::create_staged(path)?, parts.len()),
+            file: Target::new(path, AtomicFile::create_staged(path)?, parts.len()),
             path: path.to_owned(),
             parts,
             by_name,
@@ -496,8 +497,8 @@ impl PglmWriter {
             return Err(Error::Write { path: path.to_owned(), what });
         }
         this.header_length = header.len() as u64;
-        this.file.put(0, (header.len() as u64).to_le_bytes().to_vec(), None)?;
-        this.file.put(8, header, None)?;
+        this.file.put(0, &(header.len() as u64).to_le_bytes())?;
+        this.file.put(8, &header)?;
         this.fill_gaps()?;
         for (name, content) in &contents.files {
             this.append(&format!("{FILE_SCOPE}{name}"), content.clone())?;
@@ -550,7 +551,7 @@ impl PglmWriter {
         if given > left || given == left && bytes.len() > left * row_bytes {
             return Err(wrong(format!("it has {rows} rows of {row_bytes} bytes, more were given")));
         }
-        let take = if given == left { given } else { given / PANEL_ROWS * PANEL_ROWS };
+        let take = if given == left { given } else { given / Packed::PANEL_ROWS * Packed::PANEL_ROWS };
         let size = Packed::bytes_for(format, take, k).map_err(|e| wrong(e.to_string()))?;
         let mut panels = vec![0; size];
         let row = |row: usize, codes: &mut RowCodes| {
@@ -583,8 +584,7 @@ impl PglmWriter {
             );
             return Err(Error::Write { path: self.path, what });
         }
-        let PglmWriter { file, path, mut parts, metadata, header_length, .. } = self;
-        let mut target = file.finish()?;
+        let PglmWriter { file: mut target, path, mut parts, metadata, header_length, .. } = self;
         for (part, digest) in parts.iter_mut().zip(target.digests()).filter(|(p, _)| !p.filler) {
             part.digest = hex(&digest);
         }
@@ -609,16 +609,17 @@ impl PglmWriter {
             let what = format!("tensor `{}` has {length} bytes, {after} were given", shown(tensor));
             return Err(wrong(what));
         }
-        let at = 8 + self.header_length + part.begin + part.written;
+        let from = part.written;
+        let at = 8 + self.header_length + part.begin + from;
         part.written = after;
-        self.file.put(at, bytes, Some(i))
+        self.file.add(Place { at, hash: i, from }, bytes)
     }
 
     fn fill_gaps(&mut self) -> Result<()> {
         for part in self.parts.iter_mut().filter(|p| p.filler) {
             part.written = part.end - part.begin;
             let zeros = vec![0; part.written as usize];
-            self.file.put(8 + self.header_length + part.begin, zeros, None)?;
+            self.file.put(8 + self.header_length + part.begin, &zeros)?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use pocketglm_graph::{Backend, CpuBackend, Graph, Program};
 use pocketglm_tensor::{Cpu, WeightSource};
 use pocketglm_vit::preprocess::{PreprocessConfig, resized_size};
 
+use crate::ahead::ReadAhead;
 use crate::fallback::{Decoder, Encoder, Move};
 use crate::model::{Model, ModelInfo};
 use crate::placement::Devices;
@@ -35,18 +36,27 @@ pub(crate) struct Inner {
     pub audio: Encoder,
     /// Whether the device was given up.
     pub moved: Move,
+    /// Reads the decoder's weights while the rest is made ready; ends with the engine.
+    _ahead: Option<ReadAhead>,
 }
 
 impl Engine {
     /// Opens and checks a checkpoint folder, plans its memory, and makes it ready to run.
     ///
-    /// Weights are mapped: they are read from the file when they are first used.
+    /// Weights are mapped: they are read from the file when they are first used, but for the decoder's matrices in a `.pglm`
+    /// file, which the processor's kernels use where they lie: a thread begins to read those at once.
     ///
     /// # Errors
     /// What the folder lacks or holds wrongly, with file and tensor; [`Error::Budget`] where the plan for the
     /// options' context and prefill step does not fit `options.memory`.
     pub fn open(path: impl AsRef<Path>, options: EngineOptions) -> Result<Engine> {
-        let model = Model::open(path.as_ref(), &options)?;
+        let mut ahead = None;
+        let model = Model::open_and(path.as_ref(), &options, &mut |weights| {
+            // A device takes the weights away from the mapping while it is made ready.
+            if options.backend.is_none() {
+                ahead = ReadAhead::start(&**weights);
+            }
+        })?;
         let cpu = Arc::new(Cpu::new(options.threads)?);
         let begun = Devices::choose(&model, &options, &cpu).and_then(|devices| {
             let decoder = load(&model, &options, &devices)?;
@@ -62,7 +72,8 @@ impl Engine {
         };
         let backend = devices.decoder.clone();
         let (vision, audio) = (Encoder::default(), Encoder::default());
-        let inner = Inner { model, options, backend, devices, cpu, decoder, vision, audio, moved };
+        let inner =
+            Inner { model, options, backend, devices, cpu, decoder, vision, audio, moved, _ahead: ahead };
         Ok(Engine { inner: Arc::new(inner) })
     }
 

@@ -22,7 +22,7 @@ use crate::quantise::Precisions;
 use crate::{EngineOptions, Error, Result};
 
 /// Scope of the vision encoder's weights.
-const VISION_SCOPE: &str = "model.visual";
+pub(crate) const VISION_SCOPE: &str = "model.visual";
 
 /// What a checkpoint is, for people: sizes and counts, without loading it.
 #[derive(Clone, Debug)]
@@ -109,6 +109,15 @@ fn text_error(what: &'static str) -> impl FnOnce(pocketglm_bpe::Error) -> Error 
 
 impl Model {
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Model> {
+        Model::open_and(path, options, &mut |_| {})
+    }
+
+    /// The same; `begin` gets the weights as soon as they are known to be the model's, before the text tools are read.
+    pub fn open_and(
+        path: &Path,
+        options: &EngineOptions,
+        begin: &mut dyn FnMut(&Arc<Renamed<Checkpoint>>),
+    ) -> Result<Model> {
         const STEPS: usize = 5;
         options.report("load", 0, STEPS);
         let checkpoint =
@@ -159,6 +168,7 @@ impl Model {
         options.report("load", 2, STEPS);
 
         let weights = Arc::new(weights);
+        begin(&weights);
         let extended = match &adapter {
             Some(adapter) => adapter.joined(weights.clone()),
             None => weights.clone(),

@@ -17,6 +17,12 @@ pub trait BytesOwner: Send + Sync {
     fn release(&self, range: Range<usize>) {
         let _ = range;
     }
+
+    /// Says that the bytes in `range` will be read soon, and may wait for them: what is mapped from a file is in memory and in
+    /// the process's tables afterwards, where the system can do that.
+    fn prefetch(&self, range: Range<usize>) {
+        let _ = range;
+    }
 }
 
 impl BytesOwner for Vec<u8> {
@@ -65,7 +71,12 @@ impl Bytes {
         self.owner.release(self.range.clone());
     }
 
-    /// The same with `margin` bytes of the owner before and behind: reading the ends has mapped some of them as well.
+    /// Says that these bytes will be read soon, see [`BytesOwner::prefetch`].
+    pub fn prefetch(&self) {
+        self.owner.prefetch(self.range.clone());
+    }
+
+    /// [`Bytes::release`] with `margin` bytes of the owner before and behind: reading the ends has mapped some of them as well.
     pub fn release_around(&self, margin: usize) {
         let end = self.range.end.saturating_add(margin).min(self.owner.bytes().len());
         self.owner.release(self.range.start.saturating_sub(margin)..end);

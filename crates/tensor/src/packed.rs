@@ -247,6 +247,25 @@ impl Packed {
         pack_into(cpu, format, rows, k, row, out)
     }
 
+    /// Rows of a panel.
+    pub const PANEL_ROWS: usize = LANES;
+
+    /// Packs one panel on the calling thread: `rows` are the at most [`Packed::PANEL_ROWS`] rows that it has, each of `k` values.
+    ///
+    /// # Errors
+    /// [`Error::Size`] where a row does not have the codes or scales that the format implies, there is none or there are too
+    /// many, or `out` is not [`Packed::bytes_for`] of a panel long.
+    pub fn pack_panel(format: PackedFormat, k: usize, rows: &[RowCodes], out: &mut [u8]) -> Result<()> {
+        if rows.is_empty() || rows.len() > LANES {
+            return Err(Error::Size { op: "pack", operand: "rows", wanted: LANES, found: rows.len() });
+        }
+        let wanted = Packed::bytes_for(format, LANES, k)?;
+        if out.len() != wanted {
+            return Err(Error::Size { op: "pack", operand: "out", wanted, found: out.len() });
+        }
+        pack_one(&Layout::new(format, k), k, rows, out)
+    }
+
     /// A matrix that was packed before, such as a part of a mapped file.
     ///
     /// # Errors
@@ -306,6 +325,11 @@ impl Packed {
     /// All panels.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
+    }
+
+    /// The same, sharing them.
+    pub fn shared_bytes(&self) -> Bytes {
+        self.bytes.clone()
     }
 
     /// The panel that holds row `16 i`, with all that is behind it.
@@ -591,22 +615,26 @@ fn pack_into(
     cpu.parallel(panels.len(), &|i| {
         // Each panel is one task's; the lock is never contended.
         let mut panel = panels[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        panel.fill(0);
         let mut all = vec![RowCodes::default(); LANES.min(rows - i * LANES)];
-        for (lane, codes) in all.iter_mut().enumerate() {
-            let packed =
-                row(i * LANES + lane, codes).and_then(|()| pack_header(&layout, k, lane, codes, &mut panel));
-            if let Err(error) = packed {
-                failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
-                return;
-            }
+        let made = all.iter_mut().enumerate().try_for_each(|(lane, codes)| row(i * LANES + lane, codes));
+        if let Err(error) = made.and_then(|()| pack_one(&layout, k, &all, &mut panel)) {
+            failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
         }
-        pack_codes(&layout, k, &all, &mut panel);
     });
     match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         Some(error) => Err(error),
         None => Ok(()),
     }
+}
+
+/// Writes one panel.
+fn pack_one(layout: &Layout, k: usize, rows: &[RowCodes], panel: &mut [u8]) -> Result<()> {
+    panel.fill(0);
+    for (lane, codes) in rows.iter().enumerate() {
+        pack_header(layout, k, lane, codes, panel)?;
+    }
+    pack_codes(layout, k, rows, panel);
+    Ok(())
 }
 
 /// Checks the sizes of a row and writes its scales.

@@ -12,6 +12,7 @@ use pocketglm_quant::{RowOptions, dequantise_row, quantise_row};
 use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
 
 use super::kv_scales::{Scaling, kv_scales};
+use super::maker::Maker;
 use super::plan::{Planned, QuantPlan, TensorPlan, plan};
 use super::policy::{Method, Policy};
 use super::subject::Opened;
@@ -177,9 +178,16 @@ impl Quantiser {
         let mut writer = PglmWriter::create(out, &contents, &checkpoint.files())?;
         drop(contents);
         self.refuse_existing(out)?;
-        let mut done = 0;
         self.report(0);
-        for (i, tensor) in self.plan.tensors.iter().enumerate() {
+        // These choices run on all threads, which they cannot do beside other rows.
+        self.folds.iter().try_for_each(|fold| self.scales(fold).map(drop))?;
+        let alone = |t: &&TensorPlan| t.method == Some(Method::Gptq);
+        let together: Vec<&str> =
+            self.plan.tensors.iter().filter(|t| !alone(t)).map(|t| t.name.as_str()).collect();
+        let maker = Maker::new(self);
+        writer.write_together(&self.cpu, &together, &maker)?;
+        let mut done = maker.done();
+        for (i, tensor) in self.plan.tensors.iter().enumerate().filter(|(_, t)| alone(t)) {
             self.pieces(i, &mut |bytes, read| {
                 writer.write(&tensor.name, bytes)?;
                 done += read;
@@ -274,7 +282,12 @@ impl Quantiser {
         Ok(())
     }
 
-    fn report(&self, done: u64) {
+    /// The number of a tensor in the plan.
+    pub(super) fn index(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    pub(super) fn report(&self, done: u64) {
         if let Some(progress) = &self.options.progress {
             let total = self.plan.bytes_before() as usize;
             progress(Progress { step: "quantise", done: done as usize, total });
@@ -284,41 +297,49 @@ impl Quantiser {
     /// The bytes of tensor `i` of the plan, in order; `sink` gets them with the number of bytes read for them.
     fn pieces(&self, i: usize, sink: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
         let Some(t) = self.plan.tensors.get(i) else { return Ok(()) };
+        match self.prepare(t)? {
+            Prepared::Bytes(bytes) => sink(&bytes, t.bytes_before),
+            Prepared::Copy(tensor) => tensor.bytes().chunks(BATCH_BYTES).try_for_each(|piece| {
+                self.check_cancelled()?;
+                sink(piece, piece.len() as u64)
+            }),
+            Prepared::Rows(rows, tensor) => {
+                for (batch, bytes) in tensor.bytes().chunks(rows.batch * rows.stored).enumerate() {
+                    self.check_cancelled()?;
+                    let read = bytes.len() as u64;
+                    let mut made = rows.quantise(batch * rows.batch, bytes)?.into_iter().peekable();
+                    while let Some(part) = made.next() {
+                        sink(&part, if made.peek().is_none() { read } else { 0 })?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Opens a tensor and finds out what has to be done with it.
+    pub(super) fn prepare<'a>(&'a self, t: &'a TensorPlan) -> Result<Prepared<'a>> {
         let tensor = self.opened.subject().weights().tensor(&t.name)?;
         let fold = self.folds.iter().find(|f| f.linears.norm == t.name);
         if let Some(fold) = fold {
             let scales = self.scales(fold)?;
             let scaled = tensor.to_f32()?.iter().zip(scales.iter()).map(|(w, s)| w / s).collect::<Vec<f32>>();
-            let bytes: Vec<u8> = scaled.iter().flat_map(|v| v.to_le_bytes()).collect();
-            return sink(&bytes, t.bytes_before);
+            return Ok(Prepared::Bytes(scaled.iter().flat_map(|v| v.to_le_bytes()).collect()));
         }
         if let (Some(Scaling::Rows(scales)), &[_]) = (self.kv.get(&t.name), t.shape.as_slice()) {
             let scaled: Vec<f32> = tensor.to_f32()?.iter().zip(scales.iter()).map(|(v, s)| v * s).collect();
             let mut bytes = Vec::new();
             quantise_row(t.to, &scaled, &RowOptions::default(), &mut bytes)
                 .map_err(|source| Error::Quantise { tensor: t.name.clone(), row: 0, source })?;
-            return sink(&bytes, t.bytes_before);
+            return Ok(Prepared::Bytes(bytes));
         }
         if t.from == t.to && !self.kv.contains_key(&t.name) {
-            for piece in tensor.bytes().chunks(BATCH_BYTES) {
-                self.check_cancelled()?;
-                sink(piece, piece.len() as u64)?;
-            }
-            return Ok(());
+            return Ok(Prepared::Copy(tensor));
         }
-        let rows = Rows::new(self, t, &tensor)?;
-        for (batch, bytes) in tensor.bytes().chunks(rows.batch * rows.stored).enumerate() {
-            self.check_cancelled()?;
-            let read = bytes.len() as u64;
-            let mut made = rows.quantise(batch * rows.batch, bytes)?.into_iter().peekable();
-            while let Some(part) = made.next() {
-                sink(&part, if made.peek().is_none() { read } else { 0 })?;
-            }
-        }
-        Ok(())
+        Ok(Prepared::Rows(Rows::new(self, t, &tensor)?, tensor))
     }
 
-    fn check_cancelled(&self) -> Result<()> {
+    pub(super) fn check_cancelled(&self) -> Result<()> {
         if self.options.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
@@ -396,13 +417,22 @@ fn sample_rows(tensor: &Tensor, name: &str) -> Result<Vec<f32>> {
     Ok(rows)
 }
 
+/// How a tensor becomes what is written.
+pub(super) enum Prepared<'a> {
+    /// These are the bytes.
+    Bytes(Vec<u8>),
+    /// Its bytes are.
+    Copy(Tensor),
+    Rows(Rows<'a>, Tensor),
+}
+
 /// The rows of one matrix on their way from one format to another.
-struct Rows<'a> {
+pub(super) struct Rows<'a> {
     cpu: &'a Cpu,
     plan: &'a TensorPlan,
-    k: usize,
+    pub k: usize,
     /// Bytes of a row as it is read.
-    stored: usize,
+    pub stored: usize,
     /// Rows that are made at once.
     batch: usize,
     /// What the columns, and the rows, are multiplied with.
@@ -440,11 +470,7 @@ impl<'a> Rows<'a> {
     /// The new bytes of some rows, in parts; `first` is the first one's number.
     fn quantise(&self, first: usize, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         let Some(feedback) = &self.feedback else {
-            let method = match self.plan.method {
-                None | Some(Method::Round) => pocketglm_quant::Method::Round,
-                Some(_) => pocketglm_quant::Method::Search,
-            };
-            let options = RowOptions { method, importance: self.importance.as_deref() };
+            let options = self.options();
             return self.each(first, bytes, &|values, out| quantise_row(self.plan.to, values, &options, out));
         };
         let values = self.each(first, bytes, &|values, out: &mut Vec<f32>| {
@@ -457,9 +483,33 @@ impl<'a> Rows<'a> {
                 | pocketglm_quant::Error::Range { index, .. } => first + index / self.k,
                 _ => first,
             };
-            Error::Quantise { tensor: self.plan.name.clone(), row, source }
+            self.failed(row, source)
         })?;
         Ok(vec![made])
+    }
+
+    pub fn options(&self) -> RowOptions<'_> {
+        let method = match self.plan.method {
+            None | Some(Method::Round) => pocketglm_quant::Method::Round,
+            Some(_) => pocketglm_quant::Method::Search,
+        };
+        RowOptions { method, importance: self.importance.as_deref() }
+    }
+
+    /// The values of a row from its bytes, scaled.
+    pub fn values(&self, row: usize, bytes: &[u8], values: &mut [f32]) -> pocketglm_quant::Result<()> {
+        dequantise_row(self.plan.from, bytes, values)?;
+        if let Some(scales) = &self.scales {
+            values.iter_mut().zip(scales.iter()).for_each(|(v, s)| *v *= s);
+        }
+        if let Some(scale) = self.row_scales.as_ref().and_then(|s| s.get(row)) {
+            values.iter_mut().for_each(|v| *v *= scale);
+        }
+        Ok(())
+    }
+
+    pub fn failed(&self, row: usize, source: pocketglm_quant::Error) -> Error {
+        Error::Quantise { tensor: self.plan.name.clone(), row, source }
     }
 
     /// Calls `make` with the values of each row on all threads; what it appends comes back in the order of the rows.
@@ -474,18 +524,9 @@ impl<'a> Rows<'a> {
             let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
             let mut values = vec![0.0; self.k];
             for (i, row) in part.chunks(self.stored).enumerate() {
-                let done = dequantise_row(self.plan.from, row, &mut values).and_then(|()| {
-                    if let Some(scales) = &self.scales {
-                        values.iter_mut().zip(scales.iter()).for_each(|(v, s)| *v *= s);
-                    }
-                    let row = first + task * per_task + i;
-                    if let Some(scale) = self.row_scales.as_ref().and_then(|s| s.get(row)) {
-                        values.iter_mut().for_each(|v| *v *= scale);
-                    }
-                    make(&values, &mut out)
-                });
+                let (bytes, row) = (row, first + task * per_task + i);
+                let done = self.values(row, bytes, &mut values).and_then(|()| make(&values, &mut out));
                 if let Err(error) = done {
-                    let row = first + task * per_task + i;
                     let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
                     // The first row that fails, whichever thread was faster.
                     if failure.as_ref().is_none_or(|(before, _)| row < *before) {
@@ -496,7 +537,7 @@ impl<'a> Rows<'a> {
             }
         });
         if let Some((row, source)) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(Error::Quantise { tensor: self.plan.name.clone(), row, source });
+            return Err(self.failed(row, source));
         }
         Ok(parts
             .into_iter()

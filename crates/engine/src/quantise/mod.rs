@@ -11,6 +11,7 @@ mod convert;
 mod evaluate;
 mod forward;
 mod kv_scales;
+mod maker;
 mod plan;
 mod policy;
 mod samples;

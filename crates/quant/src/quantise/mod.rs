@@ -71,10 +71,8 @@ pub fn quantise_row(dtype: DType, values: &[f32], options: &RowOptions<'_>, out:
             out.extend(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()));
         }
         DType::Affine(_) | DType::Block(_) => {
-            let importance = Importance::new(k, options)?;
             let mut row = RowCodes::default();
-            row.codes.reserve(k);
-            encode_units(dtype, values, importance.all(), &mut row)?;
+            encode_row(dtype, values, options, &mut row)?;
             out.reserve(bytes);
             put_together(dtype, &row, out)?;
         }
@@ -83,6 +81,34 @@ pub fn quantise_row(dtype: DType, values: &[f32], options: &RowOptions<'_>, out:
         }
     }
     Ok(())
+}
+
+/// The codes and scales of a row, as [`take_apart`](crate::take_apart) gives them of the bytes of [`quantise_row`]: what
+/// kernels' layouts are packed from, without those bytes. The vectors' memory is reused.
+///
+/// # Errors
+/// As [`quantise_row`], and [`Error::DType`] for types that are not quantised.
+pub fn quantise_codes(
+    dtype: DType,
+    values: &[f32],
+    options: &RowOptions<'_>,
+    row: &mut RowCodes,
+) -> Result<()> {
+    dtype.row_bytes(values.len()).ok_or(Error::RowLength { dtype, values: values.len() })?;
+    check_finite("weights", values)?;
+    encode_row(dtype, values, options, row)
+}
+
+/// The codes and scales of finite values that are a row of the format.
+fn encode_row(dtype: DType, values: &[f32], options: &RowOptions<'_>, row: &mut RowCodes) -> Result<()> {
+    let importance = Importance::new(values.len(), options)?;
+    for v in [&mut row.codes, &mut row.sub_scales, &mut row.sub_minima] {
+        v.clear();
+    }
+    row.scales.clear();
+    row.minima.clear();
+    row.codes.reserve(values.len());
+    encode_units(dtype, values, importance.all(), row)
 }
 
 /// Values that are encoded together.
@@ -195,6 +221,10 @@ impl Vectorise for Units<'_> {
     fn run(self) -> Result<()> {
         let Units { dtype, values, importance, row } = self;
         let unit = unit_of(dtype, values.len());
+        if let (DType::Affine(format), None) = (dtype, importance) {
+            affine::round_row(format, values, unit.max(1), row);
+            return Ok(());
+        }
         for (i, values) in values.chunks(unit.max(1)).enumerate() {
             let importance = importance.map(|w| &w[i * unit..][..values.len()]);
             encode_unit(dtype, values, importance, row).map_err(|error| match error {
