@@ -12,6 +12,7 @@ mod packed;
 mod packed_gemv;
 mod rows;
 
+pub(super) use self::packed::{largest, quantise};
 use self::rows::{Rows, Store};
 use super::gemm::{self, gemm};
 use super::{SharedMut, expect};
