@@ -251,6 +251,33 @@ fn a_file_in_eight_bits_is_what_rounding_while_loading_gives() {
 }
 
 #[test]
+fn the_positional_convolution_has_eight_bits_by_rows_or_stays_as_it_is() {
+    let work = Folder::new();
+    let name = "wav2vec2.encoder.pos_conv_embed.conv.weight";
+    let made = |policy: &Policy| {
+        let options = QuantiseOptions { threads: 2, ..QuantiseOptions::new(policy.clone()) };
+        let quantiser = Quantiser::open(folder("base"), options).unwrap();
+        let tensor = quantiser.plan().tensors.iter().find(|t| t.name == name).unwrap();
+        (tensor.to.to_string(), tensor.note.clone())
+    };
+    assert_eq!(made(&Policy::load("int8-row").unwrap()), ("int8-row".to_owned(), None));
+    let (dtype, note) = made(&Policy::load("int4").unwrap());
+    assert!(dtype == "F32" && note.unwrap().contains("no kernel for int4"));
+    // As files were written before there was a kernel for it.
+    let json = r#"{"rules": [{"tensors": "*pos_conv_embed*", "format": "keep"}, {"tensors": "*", "format": "int8-row"}]}"#;
+    let policy = Policy::from_json("test", json.as_bytes()).unwrap();
+    assert_eq!(made(&policy), ("F32".to_owned(), None));
+    let out = work.file("older.pglm");
+    let options = QuantiseOptions { threads: 2, ..QuantiseOptions::new(policy) };
+    Quantiser::open(folder("base"), options).unwrap().write_pglm(&out).unwrap();
+    let older = logits(&Recogniser::open(out, self::options()).unwrap(), 48_000);
+    let newer =
+        logits(&Recogniser::open(quantised(&work, "base", "int8-row"), self::options()).unwrap(), 48_000);
+    let apart = relative_l2(&newer, &older);
+    assert!((1e-6..0.1).contains(&apart), "{apart:.1e}");
+}
+
+#[test]
 fn what_a_speech_checkpoint_cannot_be_quantised_to_is_refused() {
     let work = Folder::new();
     let quantiser = |policy: &str, path: &Path| {

@@ -662,10 +662,13 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 memory.scratch = memory.scratch.max(bytes as u64);
             }
             Op::FrameConv(c) => {
-                let weight = graph.meta(node.inputs[1]).dtype.is_quantised();
-                let (padded, m, k) = c.product(plan.shape(node.inputs[0]), plan.shape(node.inputs[1]))?;
-                let bytes = if weight { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
-                memory.scratch = memory.scratch.max(bytes as u64);
+                let packed = graph.meta(node.inputs[1]).dtype.is_quantised();
+                let (padded, m, k) =
+                    c.product(plan.shape(node.inputs[0]), plan.shape(node.inputs[1]), packed)?;
+                if m > 0 {
+                    let bytes = if packed { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
+                    memory.scratch = memory.scratch.max(bytes as u64);
+                }
                 besides = besides.max(padded);
             }
             Op::Attention(a) => {

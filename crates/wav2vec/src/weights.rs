@@ -7,8 +7,10 @@ use std::collections::HashMap;
 use pocketglm_checkpoint::{ExpectedTensor, NameRules};
 use pocketglm_graph::GraphBuilder;
 use pocketglm_quant::{Method, RowOptions, dequantise_row, quantise_row};
+use pocketglm_tensor::ops::conv_groups_take;
 use pocketglm_tensor::{
-    Affine, AlignedF32, Bytes, DType, Error, Group, Packed, Result, Tensor, TensorInfo, WeightSource,
+    Affine, AlignedF32, Bytes, DType, Error, Group, Packed, PackedFormat, Result, Tensor, TensorInfo,
+    WeightSource,
 };
 
 use crate::{Trace, Wav2VecConfig, encoder};
@@ -57,8 +59,8 @@ pub enum Precision {
     /// As the checkpoint stores them.
     #[default]
     Stored,
-    /// Eight bits, a scale for each row; rounded while they are loaded. The first convolution, the positional one and
-    /// vectors stay as they are.
+    /// Eight bits, a scale for each row; rounded while they are loaded. The first convolution and vectors stay as they
+    /// are, and a positional convolution whose groups have no channels in fours.
     Int8,
 }
 
@@ -114,7 +116,6 @@ impl<W: WeightSource> Prepared<W> {
             for info in source.tensors() {
                 let matrix = info.shape.len() == 2
                     && info.dtype.is_float()
-                    && info.name != pos_conv
                     && (info.name.starts_with(&format!("{scope}.")) || info.name == "lm_head.weight");
                 if matrix {
                     changes.insert(info.name.clone(), (Change::Round, [info.shape[0], info.shape[1]]));
@@ -125,9 +126,16 @@ impl<W: WeightSource> Prepared<W> {
     }
 
     /// Whether a tensor under this name is a matrix that can be quantised: one of a linear layer, or of a convolution with
-    /// enough numbers under its kernel; grouped ones have no packed kernel.
+    /// enough numbers under its kernel. See [`Prepared::takes`] for the formats.
     pub fn quantises(&self, info: &TensorInfo) -> bool {
-        info.shape.len() == 2 && info.shape[1] >= FEWEST && info.name != self.pos_conv
+        info.shape.len() == 2 && info.shape[1] >= FEWEST && self.takes(&info.name, int8())
+    }
+
+    /// Whether there is a kernel for a matrix in this type: all quantised ones, but for the positional convolution.
+    pub fn takes(&self, name: &str, dtype: DType) -> bool {
+        let [_, inner, _] = self.stored_pos_conv;
+        let packs = |format| conv_groups_take(format, inner);
+        name != self.pos_conv || PackedFormat::of(dtype).is_none_or(packs)
     }
 
     /// The source below.
@@ -143,8 +151,8 @@ impl<W: WeightSource> Prepared<W> {
     }
 
     /// Whether a changed matrix is rounded, see [`Prepared::quantises`].
-    fn rounds(&self, change: Change, [_, k]: [usize; 2]) -> bool {
-        self.precision == Precision::Int8 && !matches!(change, Change::Fold) && k >= FEWEST
+    fn rounds(&self, name: &str, [_, k]: [usize; 2]) -> bool {
+        self.precision == Precision::Int8 && k >= FEWEST && self.takes(name, int8())
     }
 
     /// The changed matrix in f32. What was read of the source may leave memory: it is not read again.
@@ -265,7 +273,7 @@ impl<W: WeightSource> WeightSource for Prepared<W> {
         let shape_now = if wanted { shape.to_vec() } else { stored.shape };
         let dtype = match change {
             _ if !wanted => stored.dtype,
-            _ if self.rounds(change, shape) => int8(),
+            _ if self.rounds(name, shape) => int8(),
             Change::Round => stored.dtype,
             _ => DType::F32,
         };
@@ -274,10 +282,10 @@ impl<W: WeightSource> WeightSource for Prepared<W> {
 
     fn tensor(&self, name: &str) -> Result<Tensor> {
         let Some(&(change, shape)) = self.changes.get(name) else { return self.source.tensor(name) };
-        if matches!(change, Change::Round) && !self.rounds(change, shape) {
+        if matches!(change, Change::Round) && !self.rounds(name, shape) {
             return self.source.tensor(name);
         }
-        if self.rounds(change, shape) {
+        if self.rounds(name, shape) {
             return self.rounded(name, change, shape);
         }
         Tensor::new(DType::F32, &shape, self.changed(name, change, shape)?.into())

@@ -56,9 +56,7 @@ fn parts_of(node: &Node) -> Option<(Vec<WeightAndBias>, bool)> {
         Op::Linear(l @ Linear { parts, .. }) => Some((list(parts, l.first_weight()), false)),
         Op::Qkv(q @ Qkv { parts, .. }) => Some((list(parts, q.first_weight()), true)),
         Op::MatMul(_) => Some((vec![(node.inputs[1], None)], false)),
-        Op::FrameConv(c) if c.groups == 1 => {
-            Some((vec![(node.inputs[1], c.bias.then(|| node.inputs[2]))], false))
-        }
+        Op::FrameConv(c) => Some((vec![(node.inputs[1], c.bias.then(|| node.inputs[2]))], false)),
         _ => None,
     }
 }

@@ -111,6 +111,14 @@ pub(super) fn plan(
         subject.matrices(&graph).into_iter().map(info).collect::<Result<_>>()?;
     let made = policy.assign(&candidates, subject.layers())?;
     let mut made: HashMap<String, Assignment> = candidates.iter().map(|i| i.name.clone()).zip(made).collect();
+    for info in &candidates {
+        if let Some(assignment) = made.get_mut(&info.name)
+            && !subject.takes(&info.name, assignment.dtype)
+        {
+            let note = Some(format!("has no kernel for {}", assignment.dtype));
+            *assignment = Assignment { dtype: info.dtype, method: None, note };
+        }
+    }
 
     for info in &candidates {
         let Some(Assignment { dtype, .. }) = made.get(&info.name) else { continue };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pocketglm_checkpoint::Checkpoint;
 use pocketglm_graph::Graph;
 use pocketglm_graph::passes::matrices;
-use pocketglm_tensor::{TensorInfo, WeightSource};
+use pocketglm_tensor::{DType, TensorInfo, WeightSource};
 use pocketglm_wav2vec as wav2vec;
 
 use crate::model::{Model, whole_graph};
@@ -107,6 +107,14 @@ impl<'a> Subject<'a> {
             Subject::Speech(speech) => {
                 graph.weights().into_iter().filter(|w| speech.weights.quantises(w)).map(|w| w.name).collect()
             }
+        }
+    }
+
+    /// Whether a matrix can be computed with in this type.
+    pub fn takes(self, name: &str, dtype: DType) -> bool {
+        match self {
+            Subject::Model(_) => true,
+            Subject::Speech(speech) => speech.weights.takes(name, dtype),
         }
     }
 

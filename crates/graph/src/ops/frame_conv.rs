@@ -57,13 +57,18 @@ impl FrameConv {
         }
     }
 
-    /// Working memory of the kernel besides that of its matrix product, in bytes; rows and steps of that product.
-    pub(crate) fn product(&self, x: &[usize], weight: &[usize]) -> Result<(u64, usize, usize)> {
+    /// Working memory of the kernel besides that of its matrix product, in bytes; rows and steps of that product. With
+    /// groups, packed weights need no other memory.
+    pub(crate) fn product(&self, x: &[usize], weight: &[usize], packed: bool) -> Result<(u64, usize, usize)> {
         let geometry = self.geometry(x, weight);
-        let bytes = kernels::conv_frames_scratch_bytes(&geometry)? as u64;
+        let bytes = kernels::conv_frames_scratch_bytes(&geometry, packed)? as u64;
         let out = geometry.out_frames()?;
         // With groups the weights are the rows.
-        let m = if self.groups > 1 { weight[0] / self.groups } else { out };
+        let m = match self.groups {
+            0 | 1 => out,
+            _ if packed => 0,
+            groups => weight[0] / groups,
+        };
         Ok((bytes, m, weight[1]))
     }
 }
@@ -109,7 +114,7 @@ impl OpDef for FrameConv {
         2.0 * count(&outputs[0]) * inputs[1][1] as f64
     }
     fn takes_weight(&self, i: usize) -> bool {
-        i == 1 && self.groups == 1
+        i == 1
     }
     fn run(&self, call: &mut Call<'_, '_>) -> Result<()> {
         const OP: &str = "frame_conv";

@@ -6,12 +6,14 @@
 //! channels, so that the frames under the kernel are one run of `x`: without groups the convolution is a linear layer
 //! over rows that overlap, and nothing is copied.
 
+use super::conv_groups::{self, conv_groups_take};
 use super::gemm::{Finish, Panels, chunk_columns, gemm};
 use super::instance_norm::{Moments, instance_norm_in_place};
 use super::linear::{Part, linear_strided};
 use super::norm::layer_norm_in_place;
 use super::tile::panel_columns;
 use super::{Epilogue, SharedMut, count, expect, for_rows};
+use crate::packed::MAX_BLOCK;
 use crate::simd::{Kernel, Simd, math};
 use crate::{AlignedF32, Cpu, Error, Result, Weight};
 
@@ -117,27 +119,29 @@ impl FrameConv {
         Ok(out)
     }
 
-    /// Floats of working memory for a call.
-    fn scratch(&self) -> Result<usize> {
+    /// Floats of working memory for a call with weights that are packed, or not.
+    fn scratch(&self, packed: bool) -> Result<usize> {
         let padded = self.padded().unwrap_or(usize::MAX);
         match (self.groups, self.padding) {
             (1, [0, 0]) => Ok(0),
             (1, _) => count(OP, "padded x", &[padded, self.channels]),
+            _ if packed => conv_groups::scratch_floats(self),
             // Whole panels of columns are read at the end.
             _ => count(OP, "padded x", &[padded.saturating_add(64 * self.stride), self.channels]),
         }
     }
 }
 
-/// Bytes of working memory that [`conv_frames`] takes besides that of its matrix product.
+/// Bytes of working memory that [`conv_frames`] takes besides that of its matrix product, for weights that are packed or
+/// not.
 ///
 /// # Errors
 /// [`Error::Value`] for sizes beyond any memory.
-pub fn conv_frames_scratch_bytes(conv: &FrameConv) -> Result<usize> {
-    Ok(4 * conv.scratch()?)
+pub fn conv_frames_scratch_bytes(conv: &FrameConv, packed: bool) -> Result<usize> {
+    Ok(AlignedF32::working_bytes(conv.scratch(packed)?))
 }
 
-/// See the module. Packed weights are taken without groups.
+/// See the module. With groups, packed weights are those that [`conv_groups_take`] allows.
 ///
 /// # Errors
 /// [`Error::Size`] or [`Error::Value`] where operands do not fit, [`Error::OutOfMemory`] where there is none for
@@ -195,7 +199,7 @@ fn convolve(
     if conv.padding == [0, 0] {
         return linear_strided(cpu, x, stride, [out, k], &part, epilogue, y);
     }
-    let mut padded = AlignedF32::working(conv.scratch()?)?;
+    let mut padded = AlignedF32::working(conv.scratch(false)?)?;
     padded[conv.padding[0] * conv.channels..][..x.len()].copy_from_slice(x);
     linear_strided(cpu, &padded, stride, [out, k], &part, epilogue, y)
 }
@@ -249,15 +253,25 @@ fn grouped(
     let widened: Vec<f32>;
     let weight = match weight {
         Weight::F32(w) => w,
-        Weight::Packed(_) => {
-            return Err(Error::Value { op: OP, what: "packed weights have no groups".into() });
+        Weight::Packed(packed) => {
+            let inner = conv.channels / conv.groups;
+            if (packed.rows(), packed.k()) == (conv.outputs, conv.kernel * inner)
+                && conv_groups_take(packed.format(), inner)
+            {
+                return conv_groups::convolve(cpu, conv, out, x, packed, bias, epilogue, y);
+            }
+            let what = format!(
+                "{:?} for groups of {inner} channels, expected codes of 8 bits with a scale for each row, and channels in fours up to {MAX_BLOCK}",
+                packed.format()
+            );
+            return Err(Error::Value { op: OP, what });
         }
         other => {
             widened = (0..other.len()).map(|i| other.get(i).unwrap_or(f32::NAN)).collect();
             &widened
         }
     };
-    let mut turned = AlignedF32::working(conv.scratch()?)?;
+    let mut turned = AlignedF32::working(conv.scratch(false)?)?;
     let length = turned.len() / conv.channels.max(1);
     let to = SharedMut::new(&mut turned);
     for_rows(cpu, conv.channels, conv.frames, &|channels| {

@@ -425,7 +425,7 @@ pub(crate) fn erf_f64(x: f64) -> f64 {
 }
 
 /// GELU with the exact error function, in f64.
-pub(super) fn gelu_f64(x: f64) -> f64 {
+pub(crate) fn gelu_f64(x: f64) -> f64 {
     if x < -8.0 * std::f64::consts::SQRT_2 {
         // The factor is below 1e-28; minus infinity times zero would be NaN.
         return if x == f64::NEG_INFINITY { f64::NAN } else { -0.0 };

@@ -38,6 +38,10 @@ pub(crate) trait Panels: Sync {
 pub(crate) trait Finish: Sync {
     /// Takes the sums of row `row` and the columns from `column`, as many as a chunk has.
     fn finish<S: Simd>(&self, s: S, row: usize, column: usize, sums: &[f32]);
+
+    /// Follows the last of some rows.
+    #[inline(always)]
+    fn done<S: Simd>(&self, _: S) {}
 }
 
 /// Columns of one task for a product of `n`: at least four tasks a thread if that is possible. Sums do not depend on it.
@@ -105,6 +109,7 @@ impl<F: Finish> Kernel for FinishRows<'_, F> {
         for (i, sums) in self.sums.chunks_exact(self.chunk).enumerate() {
             self.finish.finish(s, self.first_row + i, self.column, sums);
         }
+        self.finish.done(s);
     }
 }
 

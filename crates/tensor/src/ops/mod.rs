@@ -10,6 +10,7 @@
 mod attention;
 mod conv;
 mod conv_frames;
+mod conv_groups;
 mod elementwise;
 mod gather;
 mod gemm;
@@ -30,6 +31,7 @@ pub use attention::{
 };
 pub use conv::{Conv1d, Conv2d, batch_norm, batch_norm_twin, conv1d, conv1d_twin, conv2d, conv2d_twin};
 pub use conv_frames::{FrameConv, FrameNorm, conv_frames, conv_frames_scratch_bytes, conv_frames_twin};
+pub use conv_groups::conv_groups_take;
 pub use elementwise::{
     Binary, Unary, binary, binary_broadcast, binary_broadcast_twin, binary_twin, broadcast_shape, unary,
     unary_twin,
@@ -49,7 +51,7 @@ pub use sample::{argmax, top_k};
 pub use softmax::{softmax, softmax_causal, softmax_causal_twin, softmax_twin};
 
 #[cfg(test)]
-pub(crate) use elementwise::erf_f64;
+pub(crate) use elementwise::{erf_f64, gelu_f64};
 
 use std::ops::Range;
 

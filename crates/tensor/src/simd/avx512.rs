@@ -59,6 +59,16 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: __m512) {
+        // SAFETY: `self` proves the features; the caller promises the memory, a whole cache line, and the fence.
+        unsafe { _mm512_stream_ps(p, v) }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every x86-64 has the instruction.
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn store_n(self, p: *mut f32, n: usize, v: __m512) {
         // SAFETY: `self` proves the features; masked lanes are not accessed.
         unsafe { _mm512_mask_storeu_ps(p, mask(n), v) }

@@ -185,6 +185,18 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `WIDTH` writable floats at `p`, of any alignment.
     unsafe fn store(self, p: *mut f32, v: Self::V);
+    /// As [`Simd::store`], past the caches where there is such an instruction: nothing is read before it is overwritten.
+    ///
+    /// # Safety
+    /// As for [`Simd::store`], at a multiple of the vector's size; [`Simd::fence`] follows before others read it.
+    #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(p, v) }
+    }
+    /// What was streamed comes before what this thread stores afterwards.
+    #[inline(always)]
+    fn fence(self) {}
     /// Stores the first `n <= WIDTH` lanes.
     /// # Safety
     /// `n` writable floats at `p`.

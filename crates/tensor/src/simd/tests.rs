@@ -159,6 +159,35 @@ fn erf_is_within_1e_7() {
     }
 }
 
+#[derive(Clone, Copy)]
+struct Gelu;
+impl Function for Gelu {
+    #[inline(always)]
+    fn of<S: Simd>(self, s: S, x: S::V) -> S::V {
+        math::gelu(s, x)
+    }
+}
+
+#[test]
+fn gelu_is_within_1e_7_and_half_a_unit() {
+    let mut x = range(-12.0, 12.0, 200_001);
+    x.extend([-1e30, -1e-30, 1e-30, 1e30, 3e38]);
+    let (not_finite, wanted) =
+        ([f32::NEG_INFINITY, f32::INFINITY, f32::NAN], [f32::NAN, f32::INFINITY, f32::NAN]);
+    for isa in Isa::available() {
+        for (y, x) in apply(isa, Gelu, &x).iter().zip(&x) {
+            let wanted = crate::ops::gelu_f64(f64::from(*x));
+            let bound = 1e-7 + wanted.abs() * f64::from(f32::EPSILON) / 2.0;
+            assert!((f64::from(*y) - wanted).abs() <= bound, "{isa} at {x}: {y}, wanted {wanted}");
+        }
+        let y = apply(isa, Gelu, &not_finite);
+        assert!(
+            y.iter().zip(wanted).all(|(y, w)| y.total_cmp(&w).is_eq() || y.is_nan() && w.is_nan()),
+            "{isa}: {y:?}"
+        );
+    }
+}
+
 #[test]
 fn tanh_is_within_3e_7_relative() {
     let x = range(-12.0, 12.0, 100_002);

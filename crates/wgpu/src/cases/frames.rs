@@ -57,6 +57,8 @@ fn frame_conv(list: &mut Vec<Case>) -> Result<()> {
         let k = kernel * c / groups;
         let of_groups: &[DType] = match groups {
             1 => &[DType::F32, DType::F16, DType::Block(Block::Q8_0), int8],
+            // Codes of four channels are multiplied at a time.
+            _ if (c / groups).is_multiple_of(4) => &[DType::F32, int8],
             _ => &[DType::F32],
         };
         for &dtype in of_groups {

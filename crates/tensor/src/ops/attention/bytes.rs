@@ -9,6 +9,7 @@
 
 use super::{Attention, Mask};
 use crate::ops::SharedMut;
+use crate::ops::linear::largest;
 use crate::packed::MAX_BLOCK;
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 use crate::simd::{Kernel, Simd, math};
@@ -209,12 +210,7 @@ struct Row {
 /// Integers up to [`MOST`] and their scale; NaN where a value is not finite.
 #[inline(always)]
 fn integers(values: &[f32], codes: &mut [i16; MAX_BLOCK]) -> f32 {
-    let (mut most, mut finite) = (0f32, true);
-    for v in values {
-        let size = v.abs();
-        most = if size > most { size } else { most };
-        finite &= size <= f32::MAX;
-    }
+    let most = largest(values);
     let inverse = MOST / most;
     // A subnormal maximum has no finite inverse; such values are lost in any sum.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
@@ -222,7 +218,7 @@ fn integers(values: &[f32], codes: &mut [i16; MAX_BLOCK]) -> f32 {
         // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
         *c = (v * inverse + 12_582_912.0).to_bits() as i16;
     }
-    if finite { most / MOST } else { f32::NAN }
+    most / MOST
 }
 
 /// Two integers side by side.
@@ -269,7 +265,8 @@ impl DotKernel for CodeQueries<'_> {
     }
 }
 
-/// A block of keys of a head: codes `[panel][step][key of the panel]`, scales.
+/// A block of keys of a head: codes `[set of panels][step][panel][key of the panel]`, so that a tile reads one stream;
+/// scales.
 struct CodeKeys<'a> {
     a: &'a Attention<'a>,
     z: Sizes,
@@ -292,9 +289,10 @@ impl DotKernel for CodeKeys<'_> {
             }
             // SAFETY: key `j` of this head belongs to this task.
             unsafe {
-                let panel = to.add(j / LANES * LANES * z.steps + j % LANES).cast::<u32>();
+                let set = LANES * z.panels;
+                let key = to.add(j / set * set * z.steps + j % set).cast::<u32>();
                 for (s, codes) in codes.as_chunks::<2>().0.iter().take(z.steps).enumerate() {
-                    panel.add(s * LANES).write(two(*codes));
+                    key.add(s * set).write(two(*codes));
                 }
                 *to.add(z.keys * z.steps + j) = scale;
             }
@@ -431,7 +429,7 @@ impl Scores<'_> {
                     d,
                     &mut acc,
                     key,
-                    [LANES * steps * 4, LANES * 4],
+                    [LANES * 4, LANES * 4 * NP],
                     self.query,
                     steps,
                     steps,

@@ -12,6 +12,7 @@ mod packed;
 mod packed_gemv;
 mod rows;
 
+pub(super) use self::packed::{largest, quantise};
 use self::rows::{Rows, Store};
 use super::gemm::{self, gemm};
 use super::{SharedMut, expect};
@@ -207,7 +208,8 @@ fn run(
     };
     let rows = Rows { parts, k, n, chunk, swiglu };
     let outputs = if swiglu { n / 2 } else { n };
-    let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y, stride, offset, outputs };
+    let stream = Store::streams(&y, m * stride, [stride, offset]);
+    let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y, stride, offset, outputs, stream };
     match shape {
         Some(shape) => packed::linear(cpu, (x, x_stride), m, k, shape, &store)?,
         None if few && x_stride != k => {

@@ -150,17 +150,20 @@ impl DotKernel for Quantise<'_> {
     }
 }
 
+/// The largest magnitude; NaN where a value is not finite. Magnitudes are ordered as their bits are, and a maximum of
+/// integers, unlike one of floats, needs no order of the values: compilers make vectors of it.
+#[inline(always)]
+pub(in crate::ops) fn largest(values: &[f32]) -> f32 {
+    let most = values.iter().fold(0, |most, v| most.max(v.abs().to_bits()));
+    if most <= f32::MAX.to_bits() { f32::from_bits(most) } else { f32::NAN }
+}
+
 /// Codes `round(v / scale)` in -127..=127, and the scale: that of the largest magnitude, or of `range`, beyond which
 /// values are cut off. NaN where a value is not finite.
 #[inline(always)]
-fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; MAX_BLOCK]) -> f32 {
-    let (mut most, mut finite) = (0f32, true);
-    for v in values {
-        let size = v.abs();
-        most = if size > most { size } else { most };
-        finite &= size <= f32::MAX;
-    }
-    if !finite {
+pub(in crate::ops) fn quantise(values: &[f32], range: Option<f32>, codes: &mut [i8; MAX_BLOCK]) -> f32 {
+    let most = largest(values);
+    if most.is_nan() {
         return f32::NAN;
     }
     let limit = range.unwrap_or(most);

@@ -153,6 +153,20 @@ pub(super) struct Store<'a> {
     pub(super) stride: usize,
     pub(super) offset: usize,
     pub(super) outputs: usize,
+    /// Whether results go past the caches: see [`Store::streams`].
+    pub(super) stream: bool,
+}
+
+/// Floats of a result that no cache holds until somebody reads it.
+const STREAM: usize = 8 << 20;
+
+impl Store<'_> {
+    /// Whether `floats` results in rows of `stride`, from column `offset` on, are worth it and are whole cache lines.
+    pub(super) fn streams(y: &SharedMut<f32>, floats: usize, [stride, offset]: [usize; 2]) -> bool {
+        let lines =
+            [stride, offset].iter().all(|n| n.is_multiple_of(16)) && y.at(0).addr().is_multiple_of(64);
+        floats >= STREAM && lines
+    }
 }
 
 impl Finish for Store<'_> {
@@ -183,9 +197,17 @@ impl Finish for Store<'_> {
                     Epilogue::Relu => s.max(s.splat(0.0), v),
                     Epilogue::SwiGlu => s.mul(math::silu(s, v), sum(half + i, self.outputs + first + i)),
                 };
-                s.store_n(self.y.at(row * self.stride + self.offset + first + i), n, v);
+                let to = self.y.at(row * self.stride + self.offset + first + i);
+                if self.stream && n == S::WIDTH { s.stream(to, v) } else { s.store_n(to, n, v) }
             }
             i += n;
+        }
+    }
+
+    #[inline(always)]
+    fn done<S: Simd>(&self, s: S) {
+        if self.stream {
+            s.fence();
         }
     }
 }
