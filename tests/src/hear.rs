@@ -261,8 +261,10 @@ fn the_positional_convolution_has_eight_bits_by_rows_or_stays_as_it_is() {
         (tensor.to.to_string(), tensor.note.clone())
     };
     assert_eq!(made(&Policy::load("int8-row").unwrap()), ("int8-row".to_owned(), None));
-    let (dtype, note) = made(&Policy::load("int4").unwrap());
-    assert!(dtype == "F32" && note.unwrap().contains("no kernel for int4"));
+    for format in ["int4", "int8-g128", "Q8_0", "F16"] {
+        let (dtype, note) = made(&Policy::load(format).unwrap());
+        assert!(dtype == "F32" && note.unwrap().contains("no kernel for"), "{format}");
+    }
     // As files were written before there was a kernel for it.
     let json = r#"{"rules": [{"tensors": "*pos_conv_embed*", "format": "keep"}, {"tensors": "*", "format": "int8-row"}]}"#;
     let policy = Policy::from_json("test", json.as_bytes()).unwrap();

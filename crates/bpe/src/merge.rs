@@ -3,8 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-/// Merge rules: (left id, right id) -> (rank, merged id). A lower rank is applied first.
-pub(crate) type Merges = HashMap<(u32, u32), (u32, u32)>;
+/// Merge rules: (left id, right id) -> (rank, merged id). A lower rank is applied first. There are hundreds of thousands, so
+/// the hash is a quick one; its seed is random, as that of the standard library's.
+pub(crate) type Merges = HashMap<(u32, u32), (u32, u32), foldhash::fast::RandomState>;
 
 /// Marks the end of the linked list.
 const NONE: u32 = u32::MAX;
@@ -104,7 +105,7 @@ mod tests {
         };
         let mut merger = Merger::default();
         for _ in 0..500 {
-            let mut merges = Merges::new();
+            let mut merges = Merges::default();
             for rank in 0..12 {
                 // A merged id is always new or larger, as a longer token is in a real vocabulary.
                 let (a, b) = (next(3 + u64::from(rank)), next(3 + u64::from(rank)));

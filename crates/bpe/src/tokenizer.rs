@@ -1,8 +1,9 @@
 //! The tokenizer proper: tables, encoding, decoding.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 
+use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 
 use crate::added::{AddedMatcher, AddedToken, Part};
@@ -68,10 +69,10 @@ impl Tokenizer {
             bytes: Vec::new(),
             spans: Vec::new(),
             by_bytes: HashTable::with_capacity(parts.tokens.len()),
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             by_text: HashMap::new(),
             byte_ids: [0; 256],
-            merges: Merges::with_capacity(parts.merges.len()),
+            merges: Merges::with_capacity_and_hasher(parts.merges.len(), RandomState::default()),
             added: AddedMatcher::new(Vec::new())?,
             split,
             ignore_merges: parts.ignore_merges,

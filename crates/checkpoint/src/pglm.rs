@@ -501,7 +501,7 @@ impl PglmWriter {
         this.file.put(8, &header)?;
         this.fill_gaps()?;
         for (name, content) in &contents.files {
-            this.append(&format!("{FILE_SCOPE}{name}"), content.clone())?;
+            this.append(&format!("{FILE_SCOPE}{name}"), content)?;
         }
         Ok(this)
     }
@@ -519,11 +519,11 @@ impl PglmWriter {
         match self.by_name.get(tensor).copied() {
             Some(i) if self.parts.get(i).is_some_and(|p| p.layout == PANELS) => {
                 let panels = self.pack(i, bytes)?;
-                self.append(tensor, panels)
+                self.append(tensor, &panels)
             }
-            // In pieces: some of them are in memory at once, and the caller's bytes may be mapped.
-            Some(_) => bytes.chunks(STEP).try_for_each(|piece| self.append(tensor, piece.to_vec())),
-            None => self.append(tensor, Vec::new()),
+            // In pieces: each is hashed soon after it was written.
+            Some(_) => bytes.chunks(STEP).try_for_each(|piece| self.append(tensor, piece)),
+            None => self.append(tensor, &[]),
         }
     }
 
@@ -585,7 +585,9 @@ impl PglmWriter {
             return Err(Error::Write { path: self.path, what });
         }
         let PglmWriter { file: mut target, path, mut parts, metadata, header_length, .. } = self;
-        for (part, digest) in parts.iter_mut().zip(target.digests()).filter(|(p, _)| !p.filler) {
+        // Fillers are not hashed.
+        let lengths: Vec<u64> = parts.iter().map(|p| if p.filler { 0 } else { p.written }).collect();
+        for (part, digest) in parts.iter_mut().zip(target.digests(&lengths)?).filter(|(p, _)| !p.filler) {
             part.digest = hex(&digest);
         }
         let hash = sha256(&header(&path, &metadata, &parts, NO_HASH)?);
@@ -598,7 +600,7 @@ impl PglmWriter {
         target.commit()
     }
 
-    fn append(&mut self, tensor: &str, bytes: Vec<u8>) -> Result<()> {
+    fn append(&mut self, tensor: &str, bytes: &[u8]) -> Result<()> {
         let wrong = |what| Error::Write { path: self.path.clone(), what };
         let place = self.by_name.get(tensor).copied();
         let Some((i, part)) = place.and_then(|i| Some((i, self.parts.get_mut(i)?))) else {
@@ -611,8 +613,9 @@ impl PglmWriter {
         }
         let from = part.written;
         let at = 8 + self.header_length + part.begin + from;
+        self.file.append(Place { at, hash: i, from }, bytes)?;
         part.written = after;
-        self.file.add(Place { at, hash: i, from }, bytes)
+        Ok(())
     }
 
     fn fill_gaps(&mut self) -> Result<()> {

@@ -7,9 +7,9 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 
-use crate::Result;
 use crate::error::io_error;
 use crate::file::AtomicFile;
+use crate::{Error, Result};
 
 /// Where a piece belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,9 +35,9 @@ struct Hashes {
     of: Vec<Hash>,
     /// Pieces that were written, by their hash and their place in it.
     waiting: BTreeMap<(usize, u64), Vec<u8>>,
-    /// Buffers to be used again, and how many are lent.
+    /// Buffers to be used again.
     spare: Vec<Vec<u8>>,
-    lent: usize,
+    /// Something failed: the file is of no more use.
     stopped: bool,
 }
 
@@ -52,7 +52,7 @@ impl Target {
     /// Writes to `file`, which becomes `path`, with `hashes` hashes.
     pub fn new(path: &Path, file: AtomicFile, hashes: usize) -> Target {
         let of = (0..hashes).map(|_| Hash { state: Some(Sha256::new()), taken: 0 }).collect();
-        let hashes = Hashes { of, waiting: BTreeMap::new(), spare: Vec::new(), lent: 0, stopped: false };
+        let hashes = Hashes { of, waiting: BTreeMap::new(), spare: Vec::new(), stopped: false };
         Target { path: path.to_owned(), file, hashes: Mutex::new(hashes), moved: Condvar::new() }
     }
 
@@ -60,21 +60,60 @@ impl Target {
         self.hashes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// # Errors
+    /// [`Error::Write`] where something failed before: bytes are missing that nobody will bring.
+    pub fn usable(&self) -> Result<()> {
+        match self.hashes().stopped {
+            true => Err(self.wrong("what was written before failed".into())),
+            false => Ok(()),
+        }
+    }
+
+    fn wrong(&self, what: String) -> Error {
+        Error::Write { path: self.path.clone(), what }
+    }
+
     /// Writes bytes that belong to no hash.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io).
+    /// [`Error::Io`], and as [`Target::usable`].
     pub fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        write_at(self.file.out.get_ref(), bytes, at).map_err(io_error("write", &self.path))
+        self.usable()?;
+        self.write(at, bytes)
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let written = write_at(self.file.out.get_ref(), bytes, at).map_err(io_error("write", &self.path));
+        written.inspect_err(|_| self.stop())
+    }
+
+    /// Writes and hashes bytes that follow those which their hash has taken.
+    ///
+    /// # Errors
+    /// As [`Target::put`], and [`Error::Write`] where they follow others.
+    pub fn append(&self, place: Place, bytes: &[u8]) -> Result<()> {
+        self.put(place.at, bytes)?;
+        let mut hashes = self.hashes();
+        let of = hashes.of.get_mut(place.hash).filter(|of| of.taken == place.from);
+        if let Some(of) = of
+            && let Some(state) = &mut of.state
+        {
+            state.update(bytes);
+            of.taken += bytes.len() as u64;
+            return Ok(());
+        }
+        hashes.stopped = true;
+        let what = format!("bytes from {} on of part {} do not follow those before", place.from, place.hash);
+        Err(self.wrong(what))
     }
 
     /// Writes bytes, and hashes them as soon as all before them were: at once, or on the thread that brings those.
-    /// A buffer of [`Target::buffer`] is used again.
+    /// They are a buffer of [`Target::buffer`], which is used again. What another thread failed with is no error here.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io).
+    /// [`Error::Io`].
     pub fn add(&self, place: Place, bytes: Vec<u8>) -> Result<()> {
-        self.put(place.at, &bytes)?;
+        self.write(place.at, &bytes)?;
         let mut hashes = self.hashes();
         hashes.waiting.insert((place.hash, place.from), bytes);
         loop {
@@ -97,22 +136,29 @@ impl Target {
         if hashes.stopped {
             return None;
         }
-        hashes.lent += 1;
         let mut buffer = hashes.spare.pop().unwrap_or_default();
         buffer.clear();
         Some(buffer)
     }
 
-    /// Nobody gets a buffer any more: bytes that others wait for will not come.
+    /// Nobody gets a buffer any more, and nothing is written: bytes that others wait for will not come.
     pub fn stop(&self) {
         self.hashes().stopped = true;
         self.moved.notify_all();
     }
 
-    /// The hashes of all pieces, in their order.
-    pub fn digests(&mut self) -> Vec<[u8; 32]> {
-        let hashes = self.hashes.get_mut().unwrap_or_else(PoisonError::into_inner);
-        hashes.of.drain(..).map(|hash| hash.state.unwrap_or_default().finalize().into()).collect()
+    /// The hashes of all pieces, in their order, each of as many bytes as `lengths` says.
+    ///
+    /// # Errors
+    /// [`Error::Write`] where a hash took fewer or more, and as [`Target::usable`].
+    pub fn digests(&mut self, lengths: &[u64]) -> Result<Vec<[u8; 32]>> {
+        self.usable()?;
+        let of = std::mem::take(&mut self.hashes().of);
+        let digest = |(i, (hash, &length)): (usize, (Hash, &u64))| match hash.state {
+            Some(state) if hash.taken == length => Ok(state.finalize().into()),
+            _ => Err(self.wrong(format!("part {i} has {length} bytes, {} were hashed", hash.taken))),
+        };
+        of.into_iter().zip(lengths).enumerate().map(digest).collect()
     }
 
     /// See [`AtomicFile::commit`].
@@ -135,11 +181,7 @@ impl Hashes {
             of.state = Some(state);
             of.taken += bytes.len() as u64;
         }
-        // What was not lent is the caller's own and may be of any size.
-        if self.lent > 0 {
-            self.lent -= 1;
-            self.spare.push(bytes);
-        }
+        self.spare.push(bytes);
     }
 }
 
@@ -151,7 +193,7 @@ fn write_at(file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
 #[cfg(not(unix))]
 fn write_at(mut file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
     use std::io::{Seek, SeekFrom, Write};
-    /// Moving and writing are two steps elsewhere.
+    /// Moving and writing are two steps elsewhere, for all files at once: those that are written together are few.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     file.seek(SeekFrom::Start(at))?;
@@ -161,7 +203,6 @@ fn write_at(mut file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
     use crate::test_support::TempDir;
 
     fn open(dir: &TempDir) -> (PathBuf, Target) {
@@ -185,7 +226,7 @@ mod tests {
         {
             target.add(Place { at, hash, from }, bytes.into()).unwrap();
         }
-        assert_eq!(target.digests(), [sha(b"abcd"), sha(b"efghijk")]);
+        assert_eq!(target.digests(&[4, 7]).unwrap(), [sha(b"abcd"), sha(b"efghijk")]);
         target.put(0, b"A").unwrap();
         target.commit().unwrap();
         assert_eq!(std::fs::read(path).unwrap(), b"Aabcdefghijk");
@@ -234,7 +275,22 @@ mod tests {
             }
         });
         let wanted: Vec<u8> = (0..500u64).flat_map(|i| [i as u8; 64]).collect();
-        assert_eq!(target.digests(), [sha(b""), sha(&wanted)]);
+        assert_eq!(target.digests(&[0, 500 * 64]).unwrap(), [sha(b""), sha(&wanted)]);
+    }
+
+    #[test]
+    fn a_part_that_lacks_bytes_has_no_hash_and_bytes_that_follow_nothing_are_refused() {
+        let dir = TempDir::new();
+        let (_, mut target) = open(&dir);
+        // The first four bytes never come.
+        target.add(Place { at: 4, hash: 0, from: 4 }, b"efgh".into()).unwrap();
+        let error = target.digests(&[8, 0]).unwrap_err().to_string();
+        assert!(error.ends_with("part 0 has 8 bytes, 0 were hashed"), "{error}");
+        let (_, target) = open(&dir);
+        target.append(Place { at: 0, hash: 0, from: 0 }, b"abcd").unwrap();
+        let error = target.append(Place { at: 5, hash: 0, from: 5 }, b"fgh").unwrap_err().to_string();
+        assert!(error.ends_with("bytes from 5 on of part 0 do not follow those before"), "{error}");
+        assert!(target.put(0, b"_").unwrap_err().to_string().ends_with("failed before"));
     }
 
     #[test]
@@ -250,14 +306,17 @@ mod tests {
     /// `/dev/full` takes no byte.
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_is_an_error_of_the_piece() {
+    fn a_full_disk_is_an_error_of_the_piece_and_of_all_that_follows() {
         let dir = TempDir::new();
         let path = dir.path().join("out");
         let mut file = AtomicFile::create(&path).unwrap();
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         file.out = std::io::BufWriter::with_capacity(16, full);
-        let target = Target::new(&path, file, 1);
-        let error = target.add(Place { at: 0, hash: 0, from: 0 }, vec![0; 64]).unwrap_err();
+        let mut target = Target::new(&path, file, 1);
+        let place = Place { at: 0, hash: 0, from: 0 };
+        let error = target.add(place, vec![0; 64]).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{error}");
+        assert!(matches!(target.append(place, &[0; 64]), Err(Error::Write { .. })));
+        assert!(matches!(target.digests(&[0]), Err(Error::Write { .. })));
     }
 }

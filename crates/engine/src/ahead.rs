@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use pocketglm_glm::AUDIO_SCOPE;
 use pocketglm_tensor::{Bytes, WeightSource};
@@ -9,7 +10,7 @@ use pocketglm_tensor::{Bytes, WeightSource};
 use crate::model::VISION_SCOPE;
 
 /// Bytes between two looks at whether there is still somebody who wants them.
-const STEP: usize = 4 << 20;
+const STEP: usize = 1 << 20;
 
 /// Reads the matrices that kernels use as they lie in a mapped file, in the order of the file, until this is dropped.
 ///
@@ -18,6 +19,7 @@ const STEP: usize = 4 << 20;
 #[derive(Debug)]
 pub(crate) struct ReadAhead {
     stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl ReadAhead {
@@ -33,15 +35,16 @@ impl ReadAhead {
             let pieces = matrices.iter().flat_map(pieces);
             pieces.take_while(|_| !stopped.load(Ordering::Relaxed)).for_each(|piece| piece.prefetch());
         };
-        // Nobody waits for it: it ends within a step of the stop.
-        std::thread::Builder::new().name("pocketglm-ahead".into()).spawn(work).ok()?;
-        Some(ReadAhead { stop })
+        let thread = std::thread::Builder::new().name("pocketglm-ahead".into()).spawn(work).ok()?;
+        Some(ReadAhead { stop, thread: Some(thread) })
     }
 }
 
 impl Drop for ReadAhead {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        // It ends within a step, and with it its hold on the file.
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 

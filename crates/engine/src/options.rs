@@ -24,7 +24,7 @@ pub struct Progress {
     pub total: usize,
 }
 
-/// Hears of progress, from the thread that does the work.
+/// Hears of progress, from the threads that do the work, one at a time.
 pub type ProgressFn = Arc<dyn Fn(Progress) + Send + Sync>;
 
 /// How a checkpoint is loaded.

@@ -8,12 +8,14 @@
 )]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pocketglm_checkpoint::{
     Checkpoint, Converted, GgufExport, GgufFile, NameRules, OpenOptions, PglmContents, ReadMode, Renamed,
     export_gguf, export_pglm, to_plain,
 };
+use pocketglm_engine::quantise::{Policy, QuantiseOptions, Quantiser};
 use pocketglm_engine::{
     Content, DType, Engine, EngineOptions, GenerateOptions, Message, Part, Picture, Request,
 };
@@ -173,6 +175,52 @@ fn a_checkpoint_in_f16_answers_alike_from_both_formats() {
         for request in requests() {
             assert_eq!(greedy(&gguf, &request), greedy(&pglm, &request), "{name}");
         }
+    }
+}
+
+fn quantiser(name: &str, policy: &str, change: impl FnOnce(&mut QuantiseOptions)) -> Quantiser {
+    let mut options = QuantiseOptions::new(Policy::load(policy).unwrap());
+    change(&mut options);
+    Quantiser::open(golden(name), options).unwrap()
+}
+
+#[test]
+fn a_file_made_on_many_threads_is_that_of_its_tensors_one_after_the_other() {
+    for (name, policy) in [("default", "int4"), ("bf16", "int8-row"), ("f16", "Q8_0"), ("tied", "int2")] {
+        let folder = Folder::new();
+        let path = folder.0.join("model.pglm");
+        let one = quantiser(name, policy, |_| ());
+        let checkpoint = source(name);
+        let files = checkpoint.source().side_files().unwrap();
+        let text = Policy::load(policy).unwrap().to_json();
+        let contents = PglmContents {
+            files: files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect(),
+            policy: Some(&text),
+            ..PglmContents::default()
+        };
+        export_pglm(&path, &one, contents, &[], &mut |_, _| {}).unwrap();
+        let wanted = std::fs::read(&path).unwrap();
+        for threads in [1, 3] {
+            let many = quantiser(name, policy, |o| (o.threads, o.overwrite) = (threads, true));
+            many.write_pglm(&path).unwrap();
+            assert!(std::fs::read(&path).unwrap() == wanted, "{name} {policy}, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn quantising_that_is_stopped_leaves_nothing() {
+    for threads in [1, 3] {
+        let folder = Folder::new();
+        let quantiser = quantiser("default", "int4", |options| {
+            let cancel = options.cancel.clone();
+            // The first report comes before the first row.
+            options.progress = Some(Arc::new(move |_| cancel.cancel()));
+            options.threads = threads;
+        });
+        let error = quantiser.write_pglm(folder.0.join("model.pglm")).unwrap_err();
+        assert!(matches!(error, pocketglm_engine::Error::Cancelled), "{error}");
+        assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 0);
     }
 }
 

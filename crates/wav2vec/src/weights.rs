@@ -60,7 +60,7 @@ pub enum Precision {
     #[default]
     Stored,
     /// Eight bits, a scale for each row; rounded while they are loaded. The first convolution and vectors stay as they
-    /// are, and a positional convolution whose groups have no channels in fours.
+    /// are, and a positional convolution whose groups have no channels in fours, or very many.
     Int8,
 }
 
@@ -131,11 +131,12 @@ impl<W: WeightSource> Prepared<W> {
         info.shape.len() == 2 && info.shape[1] >= FEWEST && self.takes(&info.name, int8())
     }
 
-    /// Whether there is a kernel for a matrix in this type: all quantised ones, but for the positional convolution.
+    /// Whether there is a kernel for a matrix in this type. There are for all, but for the positional convolution: that takes
+    /// f32 and eight bits with a scale for each row.
     pub fn takes(&self, name: &str, dtype: DType) -> bool {
         let [_, inner, _] = self.stored_pos_conv;
         let packs = |format| conv_groups_take(format, inner);
-        name != self.pos_conv || PackedFormat::of(dtype).is_none_or(packs)
+        name != self.pos_conv || dtype == DType::F32 || PackedFormat::of(dtype).is_some_and(packs)
     }
 
     /// The source below.

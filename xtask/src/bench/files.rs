@@ -56,11 +56,13 @@ pub fn section(cpu: &Cpu, rounds: usize, arguments: &super::Arguments) -> Result
         let count = read as f64 / if arguments.quick { 4.0 } else { 2.0 };
         arithmetic.push(OPERATIONS * count / (peak * SHARE));
         searching.push(quantise("search")?);
-        written = std::fs::metadata(&output).map_err(io_error("read", &output))?.len();
+        let length = |file: &Path| Ok(std::fs::metadata(file).map_err(io_error("read", file))?.len());
+        let as_long = length(&output)?;
         // No two results are there at once: a disk that holds the input has little room left.
         std::fs::remove_file(&output).map_err(io_error("remove", &output))?;
-        sides.push(false, moved(&inputs, written, &copy)?);
+        sides.push(false, moved(&inputs, as_long, &copy)?);
         sides.push(true, quantise("round")?);
+        written = length(&output)?;
     }
     let (ours, bytes, sums) =
         (median(sides.ours.clone()), median(sides.theirs.clone()), median(arithmetic.clone()));

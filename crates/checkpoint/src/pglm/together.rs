@@ -148,18 +148,20 @@ impl Drop for Stop<'_> {
 impl PglmWriter {
     /// Makes and writes whole tensors on the threads of `cpu`. The bytes are the same for any number of them.
     ///
-    /// What is in memory beside the maker's own is a few pieces of half a megabyte, or of one panel where that is larger,
-    /// for each thread.
+    /// What is in memory beside the maker's own is a few pieces of half a megabyte, or of one panel or row where that is
+    /// larger, for each thread.
     ///
     /// # Errors
     /// What the maker reports, for the first rows in the order of `tensors` that it fails for; [`Error::Write`] for a tensor
-    /// that was not declared or has bytes already; [`Error::Io`], also where the disk is full. Then the file is of no more use.
+    /// that was not declared or has bytes already; [`Error::Io`], also where the disk is full. After a failure nothing can be
+    /// written any more, and [`PglmWriter::finish`] is an error.
     pub fn write_together<M: RowMaker>(
         &mut self,
         cpu: &Cpu,
         tensors: &[&str],
         maker: &M,
     ) -> Result<(), M::Error> {
+        self.file.usable()?;
         let runs = self.runs(tensors)?;
         let queue = Mutex::new(Queue { run: 0, row: 0 });
         let failed: Mutex<Option<(usize, usize, M::Error)>> = Mutex::new(None);
@@ -330,7 +332,14 @@ mod tests {
             let maker = Formula { fails: Some(2345), ..Formula::default() };
             let error = writer.write_together(&cpu, &ALL, &maker).unwrap_err().to_string();
             assert!(error.ends_with("row 2345 fails"), "{error}");
-            drop(writer);
+            // A writer that failed stays so: no hole gets under the final name.
+            let failed = |error: Error| error.to_string().ends_with("failed before");
+            assert!(failed(writer.write_together(&cpu, &ALL, &Formula::default()).unwrap_err()));
+            assert!(failed(writer.write("norm", &[0; 1200]).unwrap_err()));
+            for part in &mut writer.parts {
+                part.written = part.end - part.begin;
+            }
+            assert!(failed(writer.finish().unwrap_err()));
             assert!(dir.names().is_empty());
         }
     }

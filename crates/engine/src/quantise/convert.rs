@@ -180,7 +180,11 @@ impl Quantiser {
         self.refuse_existing(out)?;
         self.report(0);
         // These choices run on all threads, which they cannot do beside other rows.
-        self.folds.iter().try_for_each(|fold| self.scales(fold).map(drop))?;
+        for fold in &self.folds {
+            self.check_cancelled()?;
+            self.scales(fold)?;
+        }
+        // So does GPTQ, whose moments all rows of a matrix share.
         let alone = |t: &&TensorPlan| t.method == Some(Method::Gptq);
         let together: Vec<&str> =
             self.plan.tensors.iter().filter(|t| !alone(t)).map(|t| t.name.as_str()).collect();

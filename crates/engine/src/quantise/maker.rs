@@ -128,7 +128,8 @@ impl RowMaker for Maker<'_> {
             }
             // No norm and no bias is in panels.
             Prepared::Bytes(_) => {
-                take_apart(plan.to, &[], k, &mut RowCodes::default()).map_err(|e| failed(first, e))
+                let what = format!("tensor `{tensor}` has bytes, no rows of {}", plan.to);
+                Err(pocketglm_tensor::Error::Value { op: "quantise", what }.into())
             }
         }
     }

@@ -93,8 +93,9 @@ pub struct Rule {
 
 /// Ordered rules: the first that names a tensor decides; a tensor that none names stays as it is.
 ///
-/// Rules concern matrices of linear layers and embedding tables. Norms, biases, position tables and the kernels of
-/// convolutions always stay.
+/// Rules concern matrices of linear layers, embedding tables, and a speech encoder's convolutions with enough numbers under
+/// their kernels; the positional one takes `int8-row` alone. Norms, biases, position tables, the patch embedding and
+/// the first convolution over samples always stay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// What reports call it.

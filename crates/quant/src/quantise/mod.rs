@@ -263,3 +263,32 @@ fn encode_unit(dtype: DType, values: &[f32], importance: Option<&[f32]>, row: &m
         Error::Range { index, value: values[index], dtype }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use pocketglm_tensor::Affine;
+
+    use super::*;
+    use crate::take_apart;
+
+    #[test]
+    fn codes_of_a_row_are_those_of_its_bytes_for_all_types_and_methods() {
+        // The vectors go from type to type: what one leaves must not show in the next.
+        let (mut made, mut stored) = (RowCodes::default(), RowCodes::default());
+        let types = Block::ALL.map(DType::Block).into_iter().chain(Affine::all().map(DType::Affine));
+        for dtype in types {
+            for (method, seed) in [(Method::Round, 3), (Method::Search, 7)] {
+                let values: Vec<f32> =
+                    (0..512).map(|i| ((i * 37 + seed * i * i) % 251) as f32 / 50.0 - 2.3).collect();
+                let options = RowOptions { method, ..RowOptions::default() };
+                quantise_codes(dtype, &values, &options, &mut made).unwrap();
+                let mut bytes = Vec::new();
+                quantise_row(dtype, &values, &options, &mut bytes).unwrap();
+                take_apart(dtype, &bytes, values.len(), &mut stored).unwrap();
+                assert_eq!(made, stored, "{dtype} {method:?}");
+            }
+        }
+        let refused = quantise_codes(DType::F16, &[1.0; 32], &RowOptions::default(), &mut made);
+        assert!(matches!(refused, Err(Error::DType { .. })));
+    }
+}

@@ -208,7 +208,7 @@ fn run(
     };
     let rows = Rows { parts, k, n, chunk, swiglu };
     let outputs = if swiglu { n / 2 } else { n };
-    let stream = Store::streams(&y, m * stride, [stride, offset]);
+    let stream = Store::streams(&y, m * stride, [stride, offset], chunk);
     let store = Store { rows: &rows, bias: bias.as_deref(), epilogue, y, stride, offset, outputs, stream };
     match shape {
         Some(shape) => packed::linear(cpu, (x, x_stride), m, k, shape, &store)?,

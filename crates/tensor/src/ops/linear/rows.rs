@@ -161,11 +161,16 @@ pub(super) struct Store<'a> {
 const STREAM: usize = 8 << 20;
 
 impl Store<'_> {
-    /// Whether `floats` results in rows of `stride`, from column `offset` on, are worth it and are whole cache lines.
-    pub(super) fn streams(y: &SharedMut<f32>, floats: usize, [stride, offset]: [usize; 2]) -> bool {
-        let lines =
-            [stride, offset].iter().all(|n| n.is_multiple_of(16)) && y.at(0).addr().is_multiple_of(64);
-        floats >= STREAM && lines
+    /// Whether `floats` results in rows of `stride`, from column `offset` on, are worth it and whole vectors of them are whole
+    /// cache lines. Tasks of `chunk` columns begin at one, also where a chunk is two halves.
+    pub(super) fn streams(
+        y: &SharedMut<f32>,
+        floats: usize,
+        [stride, offset]: [usize; 2],
+        chunk: usize,
+    ) -> bool {
+        let lines = [stride, offset, chunk / 2].iter().all(|n| n.is_multiple_of(16));
+        floats >= STREAM && lines && y.at(0).addr().is_multiple_of(64)
     }
 }
 
@@ -179,7 +184,8 @@ impl Finish for Store<'_> {
         let mut i = 0;
         while i < count {
             let n = (count - i).min(S::WIDTH);
-            // SAFETY: `n` sums, biases and outputs from `i` exist; this task owns these outputs.
+            // SAFETY: `n` sums, biases and outputs from `i` exist; this task owns these outputs. What is streamed is whole cache
+            // lines, as `streams` found, and `done` follows it.
             unsafe {
                 let sum = |at: usize, row: usize| {
                     let v = s.load_n(sums.as_ptr().add(at), n);

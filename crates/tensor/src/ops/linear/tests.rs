@@ -208,3 +208,29 @@ fn scratch_stays_within_what_was_declared() {
         assert!(cpu.scratch_bytes() <= linear_scratch_bytes(&cpu, m, k));
     }
 }
+
+#[test]
+fn results_that_no_cache_holds_are_those_of_smaller_products() {
+    let (m, k, n) = (16_640, 16, 512);
+    let (x, w) = (values(m * k, 7), values(n * k, 5));
+    let parts = [Part { weight: Weight::F32(&w), rows: n, bias: None }];
+    let cpu = Cpu::new(2).unwrap();
+    let product = |x: &[f32], y: &mut [f32]| {
+        linear(&cpu, x, x.len() / k, k, &parts, Epilogue::Gelu, y).unwrap();
+    };
+    let (mut whole, mut halves) = (AlignedF32::working(m * n).unwrap(), AlignedF32::working(m * n).unwrap());
+    product(&x, &mut whole);
+    for (x, y) in x.chunks(m / 2 * k).zip(halves.chunks_mut(m / 2 * n)) {
+        product(x, y);
+    }
+    assert!(whole.iter().zip(halves.iter()).all(|(a, b)| a.to_bits() == b.to_bits()));
+    // The first went past the caches, the others did not; nor does what is no whole lines.
+    let streams = |y: &mut [f32], rows: usize, offset: usize, chunk: usize| {
+        rows::Store::streams(&SharedMut::new(y), rows * n, [n, offset], chunk)
+    };
+    assert!(streams(&mut whole, m, 0, 64));
+    assert!(!streams(&mut whole, m / 2, 0, 64));
+    assert!(!streams(&mut whole, m, 8, 64));
+    assert!(!streams(&mut whole, m, 0, 48));
+    assert!(!streams(&mut whole[1..], m, 0, 64));
+}
