@@ -64,7 +64,7 @@ impl Target {
     /// [`Error::Write`] where something failed before: bytes are missing that nobody will bring.
     pub fn usable(&self) -> Result<()> {
         match self.hashes().stopped {
-            true => Err(self.wrong("what was written before failed".into())),
+            true => Err(self.wrong("writing failed before".into())),
             false => Ok(()),
         }
     }
