@@ -21,6 +21,7 @@ mod plan;
 mod prompt;
 pub mod quantise;
 mod range;
+mod read_tokenizer;
 mod recogniser;
 mod request;
 mod session;

@@ -19,6 +19,7 @@ use pocketglm_wav2vec::Wav2VecConfig;
 
 use crate::audio::{Adapter, AudioModel, audio_tensors, check_adapter};
 use crate::quantise::Precisions;
+use crate::read_tokenizer::ReadTokenizer;
 use crate::{EngineOptions, Error, Result};
 
 /// Scope of the vision encoder's weights.
@@ -122,6 +123,8 @@ impl Model {
         options.report("load", 0, STEPS);
         let checkpoint =
             Checkpoint::open(path, &OpenOptions { mode: options.read_mode, ..OpenOptions::default() })?;
+        // Its errors are told where they always were: behind those of the tensors.
+        let tokenizer = checkpoint.bytes("tokenizer.json").map(|json| json.map(ReadTokenizer::start));
         let config = checkpoint.required_json("config.json")?;
         let fields = Fields::new("config.json", &config)?;
         let model_type = fields.string("model_type")?.unwrap_or("(none)").to_string();
@@ -174,12 +177,13 @@ impl Model {
             None => weights.clone(),
         };
         let checkpoint = weights.source();
-        let tokenizer_json = checkpoint.bytes("tokenizer.json")?.ok_or_else(|| {
-            pocketglm_checkpoint::Error::NoFile { wanted: "tokenizer.json".into(), folder: path.to_owned() }
+        let graph = text_graph(&text, &*weights, options.kv, options.fuse, Trace::Off, &precisions)?;
+        let tokenizer = tokenizer?.ok_or_else(|| pocketglm_checkpoint::Error::NoFile {
+            wanted: "tokenizer.json".into(),
+            folder: path.to_owned(),
         })?;
-        let tokenizer_bytes = tokenizer_json.len() as u64;
-        let tokenizer =
-            Tokenizer::from_json(tokenizer_json.as_slice()).map_err(text_error("tokenizer.json"))?;
+        let tokenizer_bytes = tokenizer.json.len() as u64;
+        let tokenizer = tokenizer.done().map_err(text_error("tokenizer.json"))?;
         options.report("load", 3, STEPS);
         let template = template(checkpoint)?;
         let vision = match vision_config {
@@ -201,7 +205,6 @@ impl Model {
         let audio =
             AudioModel::new(&described, &extended, &text, &tokenizer, options.audio_precision, options.fuse)?;
         options.report("load", 4, STEPS);
-        let graph = text_graph(&text, &*weights, options.kv, options.fuse, Trace::Off, &precisions)?;
         let (eos, sampling) = generation(checkpoint, &fields)?;
         options.report("load", STEPS, STEPS);
         Ok(Model {
