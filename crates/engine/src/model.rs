@@ -113,7 +113,7 @@ impl Model {
         Model::open_and(path, options, &mut |_| {})
     }
 
-    /// The same; `begin` gets the weights as soon as they are known to be the model's, before the text tools are read.
+    /// The same; `begin` gets the weights as soon as they have names, before they are checked and the text tools are read.
     pub fn open_and(
         path: &Path,
         options: &EngineOptions,
@@ -145,11 +145,12 @@ impl Model {
         options.report("load", 1, STEPS);
 
         let rules = NameRules::detect(&checkpoint, LAYOUTS, &["model.language_model.embed_tokens.weight"])?;
-        let weights = Renamed::new(checkpoint, rules)?;
-        let mut expected = expected_tensors(&text, vision_config.as_ref(), &weights)?;
+        let weights = Arc::new(Renamed::new(checkpoint, rules)?);
+        begin(&weights);
+        let mut expected = expected_tensors(&text, vision_config.as_ref(), &*weights)?;
         if let Some(child) = fields.child("audio_config")? {
             let config = Wav2VecConfig::from_fields(&child)?;
-            expected.extend(audio_tensors(&weights, &config, text.hidden_size)?);
+            expected.extend(audio_tensors(&*weights, &config, text.hidden_size)?);
         }
         let adapter = Adapter::open(options)?;
         if let (Some(adapter), Some(path)) = (&adapter, &options.adapter) {
@@ -163,15 +164,13 @@ impl Model {
             Some(stored) => weights.source().place(&stored),
             None => path.display().to_string(),
         };
-        check_tensors(&weights, &place, &expected, &ignore)?;
+        check_tensors(&*weights, &place, &expected, &ignore)?;
         let precisions = match &options.simulate {
-            Some(simulation) => simulation.precisions(&text, vision_config.as_ref(), &weights)?,
+            Some(simulation) => simulation.precisions(&text, vision_config.as_ref(), &*weights)?,
             None => Precisions::default(),
         };
         options.report("load", 2, STEPS);
 
-        let weights = Arc::new(weights);
-        begin(&weights);
         let extended = match &adapter {
             Some(adapter) => adapter.joined(weights.clone()),
             None => weights.clone(),
