@@ -54,7 +54,7 @@ const PANELS: &str = "panels-16";
 const TABLES: &str = "embed_tokens.weight";
 /// A hash that is not known yet; its length is that of every hash.
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
-/// Bytes that are hashed between two calls of a progress function, and that are copied for writing at a time.
+/// Bytes that are hashed between two calls of a progress function, and that are written before they are hashed.
 const STEP: usize = 8 << 20;
 
 /// One tensor in `pglm.tensors`.

@@ -41,7 +41,6 @@ struct Hashes {
     stopped: bool,
 }
 
-#[derive(Default)]
 struct Hash {
     /// Away while a thread works on it.
     state: Option<Sha256>,

@@ -109,7 +109,7 @@ pub(super) fn convolve(
                 let row = (first + i) * conv.outputs;
                 // SAFETY: these outputs at this position belong to this task.
                 let y = unsafe { y.slice(row + columns.start..row + columns.end) };
-                cpu.isa().run(Finish { sums: &sums[at..at + columns.len()], bias, epilogue, y });
+                isa.run(Finish { sums: &sums[at..at + columns.len()], bias, epilogue, y });
             }
         }
     });
