@@ -61,8 +61,9 @@ pub struct OpenOptions {
     pub mode: ReadMode,
     /// Whether to read all weights at once and refuse NaN and infinity.
     pub check_finite: bool,
-    /// The vision file of a GGUF model. Where it is not given, the one file beside the text file whose name has
-    /// `mmproj` in it and whose keys fit is taken.
+    /// The vision file of a GGUF model, for which it is no error to give one that has none. Where it is not given, the one file
+    /// beside the text file whose name has `mmproj` in it and whose keys fit is taken; of several the one that is named
+    /// `mmproj-` and like the text file.
     pub mmproj: Option<PathBuf>,
 }
 
@@ -123,13 +124,37 @@ impl Checkpoint {
             Checkpoint::single(path, &find::model_in(path)?, options)?
         };
         if options.check_finite {
-            match &this.store {
-                Store::Shards { shards, .. } => shards.iter().try_for_each(SafetensorsFile::check_finite)?,
-                Store::Gguf(gguf) => gguf.check_finite()?,
-                Store::Pglm(pglm) => pglm.check_finite()?,
-            }
+            this.check_finite()?;
         }
         Ok(this)
+    }
+
+    /// Reads all weights and looks for NaN and infinity, in quantised tensors among the scales.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for the first one.
+    pub fn check_finite(&self) -> Result<()> {
+        match &self.store {
+            Store::Shards { shards, .. } => shards.iter().try_for_each(SafetensorsFile::check_finite),
+            Store::Gguf(gguf) => gguf.check_finite(),
+            Store::Pglm(pglm) => pglm.check_finite(),
+        }
+    }
+
+    /// Whether the files have hashes of their content.
+    pub fn has_hashes(&self) -> bool {
+        matches!(self.store, Store::Pglm(_))
+    }
+
+    /// Reads everything that has a hash ([`Checkpoint::has_hashes`]) and compares. `progress` hears of bytes done and in all.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] for the first part that is not as it was written.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        match &self.store {
+            Store::Pglm(pglm) => pglm.verify(progress),
+            Store::Shards { .. } | Store::Gguf(_) => Ok(()),
+        }
     }
 
     /// One file of any kind; `path` is what the caller asked for.

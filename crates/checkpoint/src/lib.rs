@@ -15,6 +15,7 @@
 
 mod check;
 mod checkpoint;
+mod chunks;
 mod error;
 mod fields;
 mod file;
@@ -43,7 +44,7 @@ pub use gguf::{
     Convert, Converted, GgufArray, GgufExport, GgufFile, GgufMeta, GgufValue, GgufWriter, export_gguf,
     to_plain,
 };
-pub use mapped::{FileBytes, ReadMode};
+pub use mapped::{FileBytes, ReadMode, system_memory};
 pub use names::{NameRules, Renamed};
 pub use pglm::{PglmContents, PglmFile, PglmWriter, RowMaker, export_pglm};
 pub use safetensors::{MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, SafetensorsFile};

@@ -32,7 +32,7 @@ pub struct FileBytes {
     path: PathBuf,
     bytes: Bytes,
     /// Kept where mapped, so that the length can be asked for again.
-    mapped: Option<File>,
+    mapped: Option<Arc<File>>,
 }
 
 impl FileBytes {
@@ -52,7 +52,8 @@ impl FileBytes {
             }
             ReadMode::Map => {
                 let map = map(&file, wanted).map_err(io_error("map", path))?;
-                let bytes = Bytes::from_owner(Arc::new(Mapping(map)));
+                let file = Arc::new(file);
+                let bytes = Bytes::from_owner(Arc::new(Mapping { map, file: file.clone() }));
                 FileBytes { path: path.to_owned(), bytes, mapped: Some(file) }
             }
             ReadMode::Read => {
@@ -107,7 +108,10 @@ fn check_length(path: &Path, file: &File, wanted: u64) -> Result<()> {
 }
 
 /// A mapped file.
-struct Mapping(Mmap);
+struct Mapping {
+    map: Mmap,
+    file: Arc<File>,
+}
 
 /// Pages are at most so large on the systems that this runs on.
 #[cfg(unix)]
@@ -118,28 +122,49 @@ const AROUND: usize = 64 << 10;
 
 impl BytesOwner for Mapping {
     fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 
     #[cfg(unix)]
     fn release(&self, range: Range<usize>) {
         // Pages that other bytes share stay.
         let (begin, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
-        if begin < end && end <= self.0.len() {
+        if begin < end && end <= self.map.len() {
             let advice = memmap2::UncheckedAdvice::DontNeed;
             // SAFETY: the mapping is a file's and read-only, so what is dropped is read again from the file, the
             // same as before.
-            let _ = unsafe { self.0.unchecked_advise_range(advice, begin, end - begin) };
+            let _ = unsafe { self.map.unchecked_advise_range(advice, begin, end - begin) };
+        }
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn forget(&self, range: Range<usize>) {
+        use rustix::fs::{Advice, fadvise};
+        // What is in a page table stays in the cache.
+        self.release(range.clone());
+        if let Some(length) = std::num::NonZeroU64::new(range.len() as u64) {
+            let _ = fadvise(&self.file, range.start as u64, Some(length), Advice::DontNeed);
         }
     }
 
     fn prefetch(&self, range: Range<usize>) {
         // A read of one byte brings its surroundings with it. Where a system has a call for it, that holds up every other change
         // of the process's memory for as long, and takes longer.
-        for byte in self.0.get(range).unwrap_or_default().iter().step_by(AROUND) {
+        for byte in self.map.get(range).unwrap_or_default().iter().step_by(AROUND) {
             std::hint::black_box(*byte);
         }
     }
+}
+
+/// Bytes of memory that this system has; `None` where it does not say.
+pub fn system_memory() -> Option<u64> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    {
+        let info = rustix::system::sysinfo();
+        (info.totalram as u64).checked_mul(u64::from(info.mem_unit))
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    None
 }
 
 /// Maps the first `length` bytes of a regular file, read-only.

@@ -183,16 +183,28 @@ impl PglmFile {
         self.file.names().filter_map(|name| name.strip_prefix(FILE_SCOPE))
     }
 
-    /// A side file; `None` where there is none of that name.
+    /// A side file; `None` where there is none of that name. It is small, and read as a whole: its hash is looked at every time.
     ///
     /// # Errors
-    /// [`Error::Changed`] where the file was truncated since it was opened.
+    /// [`Error::Damaged`]; [`Error::Changed`] where the file was truncated since it was opened.
     pub fn file(&self, name: &str) -> Result<Option<Bytes>> {
         let name = format!("{FILE_SCOPE}{name}");
         if !self.file.contains(&name) {
             return Ok(None);
         }
-        self.file.get(&name).map(|t| Some(t.shared_bytes()))
+        let bytes = self.file.get(&name)?.shared_bytes();
+        self.check_hash(&name, sha256(bytes.as_slice()))?;
+        Ok(Some(bytes))
+    }
+
+    /// Compares the hash of a tensor's or side file's bytes with the one in the header.
+    fn check_hash(&self, name: &str, found: String) -> Result<()> {
+        let wanted = self.rows.get(name).map_or("", |(_, row)| &row.sha256);
+        if wanted == found {
+            return Ok(());
+        }
+        let (path, wanted) = (self.path().to_owned(), wanted.to_owned());
+        Err(Error::Damaged { path, part: format!("tensor `{}`", shown(name)), wanted, found })
     }
 
     /// The tensor, sharing the file's bytes.
@@ -277,14 +289,12 @@ impl PglmFile {
                 done += piece.len() as u64;
                 progress(done, total);
             }
-            let (wanted, found) = match self.rows.get(name) {
-                Some((_, row)) => (row.sha256.clone(), hex(&hash.finalize())),
-                None if zeros => continue,
-                None => ("of zeros".to_owned(), "that of other bytes".to_owned()),
-            };
-            if wanted != found {
-                let part = format!("tensor `{}`", shown(name));
-                return Err(Error::Damaged { path: self.path().to_owned(), part, wanted, found });
+            if self.rows.contains_key(name) {
+                self.check_hash(name, hex(&hash.finalize()))?;
+            } else if !zeros {
+                let (path, part) = (self.path().to_owned(), format!("tensor `{}`", shown(name)));
+                let (wanted, found) = ("of zeros".to_owned(), "that of other bytes".to_owned());
+                return Err(Error::Damaged { path, part, wanted, found });
             }
         }
         Ok(())
@@ -499,7 +509,6 @@ impl PglmWriter {
         this.header_length = header.len() as u64;
         this.file.put(0, &(header.len() as u64).to_le_bytes())?;
         this.file.put(8, &header)?;
-        this.fill_gaps()?;
         for (name, content) in &contents.files {
             this.append(&format!("{FILE_SCOPE}{name}"), content)?;
         }
@@ -573,7 +582,7 @@ impl PglmWriter {
     /// [`Error::Write`] where bytes of a tensor are missing: then nothing changes under the final name.
     /// [`Error::Io`].
     pub fn finish(self) -> Result<()> {
-        let mut short = self.parts.iter().filter(|p| p.written != p.end - p.begin);
+        let mut short = self.parts.iter().filter(|p| !p.filler && p.written != p.end - p.begin);
         if let Some(part) = short.next() {
             let what = format!(
                 "tensor `{}` has {} bytes, {} were given ({} tensors are incomplete)",
@@ -586,9 +595,13 @@ impl PglmWriter {
         }
         let PglmWriter { file: mut target, path, mut parts, metadata, header_length, .. } = self;
         // Fillers are not hashed.
-        let lengths: Vec<u64> = parts.iter().map(|p| if p.filler { 0 } else { p.written }).collect();
+        let lengths: Vec<u64> = parts.iter().map(|p| p.written).collect();
         for (part, digest) in parts.iter_mut().zip(target.digests(&lengths)?).filter(|(p, _)| !p.filler) {
             part.digest = hex(&digest);
+        }
+        for part in parts.iter().filter(|p| p.filler) {
+            let zeros = vec![0; (part.end - part.begin) as usize];
+            target.put(8 + header_length + part.begin, &zeros)?;
         }
         let hash = sha256(&header(&path, &metadata, &parts, NO_HASH)?);
         let header = header(&path, &metadata, &parts, &hash)?;
@@ -615,15 +628,6 @@ impl PglmWriter {
         let at = 8 + self.header_length + part.begin + from;
         self.file.append(Place { at, hash: i, from }, bytes)?;
         part.written = after;
-        Ok(())
-    }
-
-    fn fill_gaps(&mut self) -> Result<()> {
-        for part in self.parts.iter_mut().filter(|p| p.filler) {
-            part.written = part.end - part.begin;
-            let zeros = vec![0; part.written as usize];
-            self.file.put(8 + self.header_length + part.begin, &zeros)?;
-        }
         Ok(())
     }
 }

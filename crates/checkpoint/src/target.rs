@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 
+use crate::chunks::Chunks;
 use crate::error::io_error;
 use crate::file::AtomicFile;
 use crate::{Error, Result};
@@ -25,6 +26,7 @@ pub(crate) struct Place {
 pub(crate) struct Target {
     path: PathBuf,
     file: AtomicFile,
+    chunks: Chunks,
     hashes: Mutex<Hashes>,
     /// A hash has taken a piece, or work has stopped.
     moved: Condvar,
@@ -52,7 +54,8 @@ impl Target {
     pub fn new(path: &Path, file: AtomicFile, hashes: usize) -> Target {
         let of = (0..hashes).map(|_| Hash { state: Some(Sha256::new()), taken: 0 }).collect();
         let hashes = Hashes { of, waiting: BTreeMap::new(), spare: Vec::new(), stopped: false };
-        Target { path: path.to_owned(), file, hashes: Mutex::new(hashes), moved: Condvar::new() }
+        let (hashes, moved) = (Mutex::new(hashes), Condvar::new());
+        Target { path: path.to_owned(), file, chunks: Chunks::default(), hashes, moved }
     }
 
     fn hashes(&self) -> MutexGuard<'_, Hashes> {
@@ -72,7 +75,7 @@ impl Target {
         Error::Write { path: self.path.clone(), what }
     }
 
-    /// Writes bytes that belong to no hash.
+    /// Writes bytes that belong to no hash, at once.
     ///
     /// # Errors
     /// [`Error::Io`], and as [`Target::usable`].
@@ -86,12 +89,18 @@ impl Target {
         written.inspect_err(|_| self.stop())
     }
 
+    /// Takes bytes that are written with those around them.
+    fn gather(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.chunks.add(at, bytes, &|at, bytes| self.write(at, bytes))
+    }
+
     /// Writes and hashes bytes that follow those which their hash has taken.
     ///
     /// # Errors
     /// As [`Target::put`], and [`Error::Write`] where they follow others.
     pub fn append(&self, place: Place, bytes: &[u8]) -> Result<()> {
-        self.put(place.at, bytes)?;
+        self.usable()?;
+        self.gather(place.at, bytes)?;
         let mut hashes = self.hashes();
         let of = hashes.of.get_mut(place.hash).filter(|of| of.taken == place.from);
         if let Some(of) = of
@@ -112,7 +121,7 @@ impl Target {
     /// # Errors
     /// [`Error::Io`].
     pub fn add(&self, place: Place, bytes: Vec<u8>) -> Result<()> {
-        self.write(place.at, &bytes)?;
+        self.gather(place.at, &bytes)?;
         let mut hashes = self.hashes();
         hashes.waiting.insert((place.hash, place.from), bytes);
         loop {
@@ -146,12 +155,13 @@ impl Target {
         self.moved.notify_all();
     }
 
-    /// The hashes of all pieces, in their order, each of as many bytes as `lengths` says.
+    /// Writes what still waits, and gives the hashes of all pieces, in their order, each of as many bytes as `lengths` says.
     ///
     /// # Errors
-    /// [`Error::Write`] where a hash took fewer or more, and as [`Target::usable`].
+    /// [`Error::Write`] where a hash took fewer or more, and as [`Target::put`].
     pub fn digests(&mut self, lengths: &[u64]) -> Result<Vec<[u8; 32]>> {
         self.usable()?;
+        self.chunks.flush(&|at, bytes| self.write(at, bytes))?;
         let of = std::mem::take(&mut self.hashes().of);
         let digest = |(i, (hash, &length)): (usize, (Hash, &u64))| match hash.state {
             Some(state) if hash.taken == length => Ok(state.finalize().into()),
@@ -202,6 +212,7 @@ fn write_at(mut file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chunks::CHUNK;
     use crate::test_support::TempDir;
 
     fn open(dir: &TempDir) -> (PathBuf, Target) {
@@ -296,7 +307,7 @@ mod tests {
     fn what_is_dropped_before_the_end_leaves_nothing() {
         let dir = TempDir::new();
         let (path, target) = open(&dir);
-        target.add(Place { at: 0, hash: 0, from: 0 }, vec![1; 1 << 20]).unwrap();
+        target.add(Place { at: 0, hash: 0, from: 0 }, vec![1; 3 << 20]).unwrap();
         drop(target);
         assert!(!path.exists());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
@@ -313,7 +324,8 @@ mod tests {
         file.out = std::io::BufWriter::with_capacity(16, full);
         let mut target = Target::new(&path, file, 1);
         let place = Place { at: 0, hash: 0, from: 0 };
-        let error = target.add(place, vec![0; 64]).unwrap_err();
+        // It comes with the first chunk that is full.
+        let error = target.add(place, vec![0; CHUNK]).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{error}");
         assert!(matches!(target.append(place, &[0; 64]), Err(Error::Write { .. })));
         assert!(matches!(target.digests(&[0]), Err(Error::Write { .. })));

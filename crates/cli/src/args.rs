@@ -20,6 +20,9 @@ pub struct ModelArgs {
     /// Checkpoint folder: config.json, *.safetensors, tokenizer.json.
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// The vision file of a GGUF model; where it is not given, the mmproj file beside it.
+    #[arg(long, value_name = "FILE")]
+    pub mmproj: Option<PathBuf>,
     /// What runs the model.
     #[arg(long, value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
@@ -215,6 +218,7 @@ impl ModelArgs {
                 Read::Map => ReadMode::Map,
                 Read::Read => ReadMode::Read,
             },
+            mmproj: self.mmproj.clone(),
             kv: self.kv.into(),
             adapter: self.adapter.clone(),
             audio_precision: self.audio_weights.into(),

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use clap::Args;
 use pocketglm::{
     Engine, EngineOptions, MemoryPlan, MemoryUse, ModelInfo, OpPlace, Placement, Recogniser, RecogniserInfo,
+    quantise::{Verified, verify_model},
 };
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, screen};
 use crate::failure::Failure;
 use crate::output::{Out, bytes, human, plan_table, thousands};
-use crate::progress::Bars;
+use crate::progress::{Bars, Work};
 
 /// The screen of a common phone.
 const PHONE: Screen = Screen(Some((1080, 2400)));
@@ -33,6 +34,9 @@ pub struct InfoArgs {
     /// List the model's ops instead, in the order in which they run, with those that run on the GPU marked.
     #[arg(long)]
     ops: bool,
+    /// Read all weights as well: compare their hashes, which .pglm files have, and look for NaN and infinity.
+    #[arg(long, conflicts_with = "ops")]
+    verify: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -48,8 +52,9 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
     if args.ops {
         return ops(args, &options);
     }
+    let verified = args.verify.then(|| verify(args, &options)).transpose()?;
     if Recogniser::is_one(&args.model.model) {
-        return hears(args);
+        return hears(args, verified);
     }
     let Screen(wanted) = args.screen.unwrap_or(PHONE);
     let picture = wanted.map(|(w, h)| (w as usize, h as usize));
@@ -67,10 +72,12 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
         let mut object = report_json(&info, &plan, screen);
         object["memory"] = json!(args.model.memory);
         object["fits"] = json!(refused.is_none());
+        object["verified"] = verified_json(verified);
         object["device"] = if refused.is_none() { json!(device()?) } else { Value::Null };
         out.json(&object)?;
     } else {
         out.line(&report(&info, &plan, screen))?;
+        verified.map_or(Ok(()), |v| out.line(&verified_line(v)))?;
         for (label, text) in opened.iter().flat_map(|o| &o.facts) {
             out.line(&format!("{label:LABEL$}{text}"))?;
         }
@@ -82,6 +89,24 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
         out.line(&format!("{:LABEL$}{}", "device", device()?))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads everything.
+fn verify(args: &InfoArgs, options: &EngineOptions) -> Result<Verified, Failure> {
+    let work = Work::new(args.model.quiet || args.json, true);
+    let options = EngineOptions { progress: work.hook(), ..options.clone() };
+    let verified = verify_model(&args.model.model, &options);
+    work.clear();
+    Ok(verified?)
+}
+
+fn verified_json(verified: Option<Verified>) -> Value {
+    verified.map_or(Value::Null, |v| json!({"tensors": v.tensors, "hashes": v.hashes, "finite": true}))
+}
+
+fn verified_line(verified: Verified) -> String {
+    let hashes = if verified.hashes { "hashes are right" } else { "this kind of file has no hashes" };
+    format!("{:LABEL$}{} tensors, all finite; {hashes}", "verified", thousands(verified.tensors as u64))
 }
 
 /// The list of ops, for `--gpu-from` and `--gpu-until`.
@@ -110,7 +135,7 @@ fn ops(args: &InfoArgs, options: &EngineOptions) -> Result<ExitCode, Failure> {
 const SECONDS: f64 = 30.0;
 
 /// The report of a speech checkpoint.
-fn hears(args: &InfoArgs) -> Result<ExitCode, Failure> {
+fn hears(args: &InfoArgs, verified: Option<Verified>) -> Result<ExitCode, Failure> {
     let options = args.model.options(&Bars::new(true))?;
     let (info, plan) = Recogniser::inspect(&args.model.model, &options, SECONDS)?;
     let refused = args.model.memory.filter(|budget| plan.total() > *budget);
@@ -120,9 +145,13 @@ fn hears(args: &InfoArgs) -> Result<ExitCode, Failure> {
             let mut object = speech_json(&info, &plan);
             object["memory"] = json!(args.model.memory);
             object["fits"] = json!(refused.is_none());
+            object["verified"] = verified_json(verified);
             out.json(&object)?;
         }
-        false => out.line(&speech(&info, &plan))?,
+        false => {
+            out.line(&speech(&info, &plan))?;
+            verified.map_or(Ok(()), |v| out.line(&verified_line(v)))?;
+        }
     }
     match refused {
         Some(budget) => Err(Failure::Budget { plan: Box::new(plan), budget, shown: true }),

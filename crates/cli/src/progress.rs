@@ -77,7 +77,11 @@ impl Work {
     pub fn hook(&self) -> Option<ProgressFn> {
         let bar = self.bar.clone()?;
         Some(Arc::new(move |progress: Progress| {
-            if matches!(progress.step, "quantise" | "calibrate" | "compare") {
+            if matches!(progress.step, "quantise" | "calibrate" | "compare" | "verify") {
+                if bar.message() != progress.step {
+                    // The time that is left is that of this step.
+                    bar.reset();
+                }
                 bar.set_message(progress.step);
                 bar.set_length(progress.total as u64);
                 bar.set_position(progress.done as u64);

@@ -21,6 +21,9 @@ pub struct QuantizeArgs {
     /// Checkpoint folder (of a Wav2Vec2 model too), GGUF or .pglm file.
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
+    /// The vision file of a GGUF model; where it is not given, the mmproj file beside it.
+    #[arg(long, value_name = "FILE")]
+    mmproj: Option<PathBuf>,
     /// The file to write: .pglm, or .gguf for the text part of a GGUF model.
     #[arg(long, value_name = "FILE", required_unless_present = "dry_run")]
     out: Option<PathBuf>,
@@ -103,6 +106,7 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
     let work = Work::new(args.quiet || args.json, true);
     let interrupt = if args.dry_run { None } else { Some(Interrupt::install(&Bars::new(true))?) };
     let options = QuantiseOptions {
+        mmproj: args.mmproj.clone(),
         calibration: args.calibration.clone(),
         kv_scales: args.kv_scales,
         static_inputs: args.static_inputs,

@@ -121,8 +121,8 @@ impl Model {
     ) -> Result<Model> {
         const STEPS: usize = 5;
         options.report("load", 0, STEPS);
-        let checkpoint =
-            Checkpoint::open(path, &OpenOptions { mode: options.read_mode, ..OpenOptions::default() })?;
+        let (mode, mmproj) = (options.read_mode, options.mmproj.clone());
+        let checkpoint = Checkpoint::open(path, &OpenOptions { mode, mmproj, check_finite: false })?;
         // Its errors are told where they always were: behind those of the tensors.
         let tokenizer = checkpoint.bytes("tokenizer.json").map(|json| json.map(ReadTokenizer::start));
         let config = checkpoint.required_json("config.json")?;

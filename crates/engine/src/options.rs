@@ -44,6 +44,8 @@ pub struct EngineOptions {
     pub content_format: ContentFormat,
     /// Whether weights are mapped or copied into memory.
     pub read_mode: ReadMode,
+    /// The vision file of a GGUF model; where it is not given, the one beside the text file that fits.
+    pub mmproj: Option<PathBuf>,
     /// How keys and values of the conversation are stored.
     pub kv: KvFormat,
     /// A file that adds an audio branch, or a projection of pictures, to the checkpoint.
@@ -80,6 +82,7 @@ impl Default for EngineOptions {
             memory: None,
             content_format: ContentFormat::Hf,
             read_mode: ReadMode::Map,
+            mmproj: None,
             kv: KvFormat::default(),
             adapter: None,
             audio_precision: Precision::default(),

@@ -15,7 +15,7 @@ use pocketglm_checkpoint::{
     Checkpoint, Converted, GgufExport, GgufFile, NameRules, OpenOptions, PglmContents, ReadMode, Renamed,
     export_gguf, export_pglm, to_plain,
 };
-use pocketglm_engine::quantise::{Policy, QuantiseOptions, Quantiser};
+use pocketglm_engine::quantise::{Policy, QuantiseOptions, Quantiser, verify_model};
 use pocketglm_engine::{
     Content, DType, Engine, EngineOptions, GenerateOptions, Message, Part, Picture, Request,
 };
@@ -222,6 +222,126 @@ fn quantising_that_is_stopped_leaves_nothing() {
         assert!(matches!(error, pocketglm_engine::Error::Cancelled), "{error}");
         assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 0);
     }
+}
+
+/// Where `part`, which must stand there once, is in a file's bytes.
+fn place(bytes: &[u8], part: &[u8]) -> usize {
+    let mut places = bytes.windows(part.len()).enumerate().filter(|(_, w)| *w == part).map(|(i, _)| i);
+    let first = places.next().unwrap();
+    assert_eq!(places.next(), None);
+    first
+}
+
+#[test]
+fn a_changed_byte_of_a_pglm_is_told_and_nothing_is_made_of_it() {
+    let folder = Folder::new();
+    let (good, bad, made) =
+        (folder.0.join("good.pglm"), folder.0.join("bad.pglm"), folder.0.join("made.pglm"));
+    quantiser("default", "int4", |_| ()).write_pglm(&good).unwrap();
+    let keep = |path: &Path| Quantiser::open(path, QuantiseOptions::new(Policy::load("keep").unwrap()));
+    keep(&good).unwrap().write_pglm(&made).unwrap();
+    std::fs::remove_file(&made).unwrap();
+    let options = EngineOptions::default();
+    assert!(verify_model(&good, &options).unwrap().hashes);
+    let change = |part: &[u8]| {
+        let mut bytes = std::fs::read(&good).unwrap();
+        let at = place(&bytes, part);
+        bytes[at] ^= 1;
+        std::fs::write(&bad, bytes).unwrap();
+    };
+    let told = |error: pocketglm_engine::Error, part: &str| {
+        let error = error.to_string();
+        assert!(
+            error.contains("bad.pglm") && error.contains(part) && error.contains("is damaged"),
+            "{error}"
+        );
+    };
+    // A weight: opening does not read it.
+    let name = "model.language_model.layers.0.self_attn.q_proj.weight";
+    let checkpoint = Checkpoint::open(&good, &OpenOptions::default()).unwrap();
+    let packed = checkpoint.packed(name).unwrap().unwrap();
+    change(packed.shared_bytes().as_slice());
+    let opened = keep(&bad).unwrap();
+    told(opened.write_pglm(&made).unwrap_err(), name);
+    told(opened.write_gguf(folder.0.join("made.gguf"), None).unwrap_err(), name);
+    told(verify_model(&bad, &options).unwrap_err(), name);
+    // A side file: it is read when the model is opened.
+    change(checkpoint.bytes("tokenizer.json").unwrap().unwrap().as_slice());
+    told(Engine::open(&bad, options).map(|_| ()).unwrap_err(), "tokenizer.json");
+    let mut left: Vec<_> = std::fs::read_dir(&folder.0).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["bad.pglm", "good.pglm"]);
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_refused_where_they_are_copied_too() {
+    let folder = Folder::new();
+    for file in
+        std::fs::read_dir(golden("default")).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file())
+    {
+        std::fs::copy(&file, folder.0.join(file.file_name().unwrap())).unwrap();
+    }
+    let weights = folder.0.join("model.safetensors");
+    let good = std::fs::read(&weights).unwrap();
+    let made = folder.0.join("made.pglm");
+    let quantise = |policy: &str| {
+        let options =
+            QuantiseOptions { overwrite: true, ..QuantiseOptions::new(Policy::load(policy).unwrap()) };
+        Quantiser::open(&folder.0, options).unwrap().write_pglm(&made)
+    };
+    quantise("int4").unwrap();
+    let checkpoint = Checkpoint::open(golden("default"), &OpenOptions::default()).unwrap();
+    for (name, policy) in [
+        ("model.language_model.layers.1.input_layernorm.weight", "int4"),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", "int4"),
+        ("model.language_model.layers.0.self_attn.q_proj.weight", "keep"),
+    ] {
+        let part = checkpoint.tensor(name).unwrap();
+        for bad in [f32::NAN, f32::NEG_INFINITY] {
+            let mut bytes = good.clone();
+            let at = place(&bytes, part.bytes()) + 5 * 4;
+            bytes[at..at + 4].copy_from_slice(&bad.to_le_bytes());
+            std::fs::remove_file(&made).unwrap();
+            std::fs::write(&weights, &bytes).unwrap();
+            let error = quantise(policy).unwrap_err().to_string();
+            assert!(
+                error.contains(name) && error.contains("model.safetensors") && error.contains('5'),
+                "{error}"
+            );
+            assert!(!made.exists());
+            assert!(
+                verify_model(&folder.0, &EngineOptions::default()).unwrap_err().to_string().contains(name)
+            );
+            std::fs::write(&weights, &good).unwrap();
+            quantise(policy).unwrap();
+        }
+    }
+    assert!(!verify_model(&folder.0, &EngineOptions::default()).unwrap().hashes);
+}
+
+#[test]
+fn of_several_vision_files_the_one_named_like_the_text_file_or_the_one_asked_for_is_taken() {
+    let folder = Folder::new();
+    write_gguf(&source("default"), DType::F32, &folder.0);
+    let at = |name: &str| folder.0.join(name);
+    std::fs::rename(at("mmproj.gguf"), at("mmproj-text.gguf")).unwrap();
+    std::fs::copy(at("mmproj-text.gguf"), at("mmproj-other.gguf")).unwrap();
+    let files = |mmproj: Option<PathBuf>| {
+        let options = OpenOptions { mmproj, ..OpenOptions::default() };
+        let checkpoint = Checkpoint::open(at("text.gguf"), &options)?;
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        Ok::<_, pocketglm_checkpoint::Error>(checkpoint.files().into_iter().map(name).collect::<Vec<_>>())
+    };
+    assert_eq!(files(None).unwrap(), ["text.gguf", "mmproj-text.gguf"]);
+    assert_eq!(files(Some(at("mmproj-other.gguf"))).unwrap(), ["text.gguf", "mmproj-other.gguf"]);
+    std::fs::rename(at("mmproj-text.gguf"), at("mmproj-third.gguf")).unwrap();
+    assert!(files(None).unwrap_err().to_string().contains("--mmproj"));
+    let mmproj = Some(at("mmproj-third.gguf"));
+    let options = EngineOptions { mmproj: mmproj.clone(), ..EngineOptions::default() };
+    assert!(Engine::open(at("text.gguf"), options).unwrap().info().vision.count > 0);
+    let options = QuantiseOptions { mmproj, ..QuantiseOptions::new(Policy::load("int8").unwrap()) };
+    let plan = Quantiser::open(at("text.gguf"), options).unwrap().plan().clone();
+    assert!(plan.tensors.iter().any(|t| t.name.starts_with("model.visual.")));
 }
 
 fn write_pglm(path: &Path, weights: &dyn WeightSource, checkpoint: &Checkpoint) {

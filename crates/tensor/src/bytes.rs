@@ -18,6 +18,12 @@ pub trait BytesOwner: Send + Sync {
         let _ = range;
     }
 
+    /// Says that the bytes in `range` will not be read again: what is mapped from a file may leave the system's cache as well,
+    /// where it would take the room of what others read.
+    fn forget(&self, range: Range<usize>) {
+        self.release(range);
+    }
+
     /// Says that the bytes in `range` will be read soon, and may wait for them: what is mapped from a file is in memory and in
     /// the process's tables afterwards, where the system can do that.
     fn prefetch(&self, range: Range<usize>) {
@@ -69,6 +75,11 @@ impl Bytes {
     /// Says that these bytes will not be read soon, see [`BytesOwner::release`].
     pub fn release(&self) {
         self.owner.release(self.range.clone());
+    }
+
+    /// Says that these bytes will not be read again, see [`BytesOwner::forget`].
+    pub fn forget(&self) {
+        self.owner.forget(self.range.clone());
     }
 
     /// Says that these bytes will be read soon, see [`BytesOwner::prefetch`].

@@ -64,7 +64,8 @@ fn several(folder: &Path, what: &'static str, names: &[String], hint: &'static s
     Error::Several { folder: folder.to_owned(), what, names, hint }
 }
 
-/// The vision file of a text file: the one beside it that is named so and that fits; those that do not are noted.
+/// The vision file of a text file: the one beside it that is named so and that fits; those that do not are noted. Of several
+/// it is `mmproj-` and the text file's name.
 ///
 /// # Errors
 /// [`Error::Several`] where more than one fits, and the errors of [`GgufFile::open`].
@@ -100,11 +101,15 @@ pub(super) fn vision_of(
         return Ok(None);
     }
     let names: Vec<String> = fitting.iter().map(|(name, _)| name.clone()).collect();
+    let text_name = text.path().file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    if let Some(own) = names.iter().position(|name| name.strip_prefix("mmproj-") == Some(text_name)) {
+        return Ok(Some(fitting.swap_remove(own).1));
+    }
     let mut fitting = fitting.into_iter();
     match (fitting.next(), fitting.next()) {
         (Some((_, file)), None) => Ok(Some(file)),
         (None, _) => Ok(None),
-        _ => Err(several(folder, "vision files", &names, "say which one is meant, or move the others away")),
+        _ => Err(several(folder, "vision files", &names, "say which one is meant with --mmproj")),
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use pocketglm_checkpoint::{GgufExport, PglmContents, PglmWriter, export_gguf};
+use pocketglm_checkpoint::{GgufExport, PglmContents, PglmWriter, export_gguf, first_non_finite};
 use pocketglm_graph::passes::NormedLinears;
 use pocketglm_quant::awq::{AwqLinear, AwqOptions, Moments, awq};
 use pocketglm_quant::gptq::{Feedback, GptqOptions};
@@ -17,6 +17,7 @@ use super::plan::{Planned, QuantPlan, TensorPlan, plan};
 use super::policy::{Method, Policy};
 use super::subject::Opened;
 use super::table::CalibrationTable;
+use super::verify::verify;
 use crate::{Cancel, EngineOptions, Error, Progress, ProgressFn, Result};
 
 /// Appends what a row of values becomes.
@@ -34,6 +35,8 @@ const AWQ_ROWS: usize = 256;
 pub struct QuantiseOptions {
     /// What becomes of which tensor.
     pub policy: Policy,
+    /// The vision file of a GGUF model; where it is not given, the one beside the text file that fits.
+    pub mmproj: Option<PathBuf>,
     /// What [`calibrate`](super::calibrate) wrote for this model.
     pub calibration: Option<PathBuf>,
     /// Whether scales of the KV cache's components, from the calibration table, are folded into the weights around it:
@@ -59,6 +62,7 @@ impl QuantiseOptions {
     pub fn new(policy: Policy) -> QuantiseOptions {
         QuantiseOptions {
             policy,
+            mmproj: None,
             calibration: None,
             kv_scales: false,
             static_inputs: false,
@@ -101,8 +105,8 @@ impl Quantiser {
     /// [`Error::NoCalibration`] and [`Error::Calibration`].
     pub fn open(path: impl AsRef<Path>, options: QuantiseOptions) -> Result<Quantiser> {
         let path = path.as_ref();
-        let opened =
-            Opened::new(path, &EngineOptions { threads: options.threads, ..EngineOptions::default() })?;
+        let (threads, mmproj) = (options.threads, options.mmproj.clone());
+        let opened = Opened::new(path, &EngineOptions { threads, mmproj, ..EngineOptions::default() })?;
         let subject = opened.subject();
         let table = options.calibration.as_ref().map(CalibrationTable::open).transpose()?;
         match (&table, subject.model()) {
@@ -174,6 +178,7 @@ impl Quantiser {
             input_ranges: self.input_ranges()?,
             extra: BTreeMap::new(),
         };
+        self.verify()?;
         // The writer refuses to replace its input, which is the better message where that stands under the name.
         let mut writer = PglmWriter::create(out, &contents, &checkpoint.files())?;
         drop(contents);
@@ -223,6 +228,7 @@ impl Quantiser {
         }
         self.refuse_existing(text)?;
         vision.map(|v| self.refuse_existing(v)).transpose()?;
+        self.verify()?;
         let config = checkpoint.required_json("config.json")?;
         let lacking = || pocketglm_checkpoint::Error::NoFile {
             wanted: "tokenizer.json".into(),
@@ -303,10 +309,13 @@ impl Quantiser {
         let Some(t) = self.plan.tensors.get(i) else { return Ok(()) };
         match self.prepare(t)? {
             Prepared::Bytes(bytes) => sink(&bytes, t.bytes_before),
-            Prepared::Copy(tensor) => tensor.bytes().chunks(BATCH_BYTES).try_for_each(|piece| {
-                self.check_cancelled()?;
-                sink(piece, piece.len() as u64)
-            }),
+            Prepared::Copy(tensor) => {
+                self.check_copied(&t.name, 0, &tensor)?;
+                tensor.bytes().chunks(BATCH_BYTES).try_for_each(|piece| {
+                    self.check_cancelled()?;
+                    sink(piece, piece.len() as u64)
+                })
+            }
             Prepared::Rows(rows, tensor) => {
                 for (batch, bytes) in tensor.bytes().chunks(rows.batch * rows.stored).enumerate() {
                     self.check_cancelled()?;
@@ -328,6 +337,9 @@ impl Quantiser {
         if let Some(fold) = fold {
             let scales = self.scales(fold)?;
             let scaled = tensor.to_f32()?.iter().zip(scales.iter()).map(|(w, s)| w / s).collect::<Vec<f32>>();
+            if let Some(index) = scaled.iter().position(|v| !v.is_finite()) {
+                return Err(self.not_finite(&t.name, index));
+            }
             return Ok(Prepared::Bytes(scaled.iter().flat_map(|v| v.to_le_bytes()).collect()));
         }
         if let (Some(Scaling::Rows(scales)), &[_]) = (self.kv.get(&t.name), t.shape.as_slice()) {
@@ -341,6 +353,23 @@ impl Quantiser {
             return Ok(Prepared::Copy(tensor));
         }
         Ok(Prepared::Rows(Rows::new(self, t, &tensor)?, tensor))
+    }
+
+    /// Looks for NaN and infinity in rows that are copied: quantising looks itself.
+    pub(super) fn check_copied(&self, tensor: &str, first: usize, rows: &Tensor) -> Result<()> {
+        let Some(index) = first_non_finite(rows) else { return Ok(()) };
+        let k = rows.shape().last().copied().unwrap_or(1);
+        Err(self.not_finite(tensor, first * k + index))
+    }
+
+    fn not_finite(&self, tensor: &str, index: usize) -> Error {
+        let path = PathBuf::from(self.opened.subject().checkpoint().place(tensor));
+        pocketglm_checkpoint::Error::NonFinite { path, tensor: tensor.to_owned(), index }.into()
+    }
+
+    /// Reads what has hashes: what is made of damaged bytes would get a hash that is right.
+    fn verify(&self) -> Result<()> {
+        verify(self.opened.subject().checkpoint(), self.options.progress.as_ref(), &self.options.cancel)
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {

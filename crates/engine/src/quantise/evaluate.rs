@@ -8,6 +8,7 @@ use pocketglm_tensor::{KvFormat, WeightSource};
 use super::forward::Forward;
 use super::plan::plan;
 use super::subject::Subject;
+use super::verify::verify;
 use super::{Samples, Simulation};
 use crate::{Cancel, Engine, EngineOptions, Error, Progress, Prompt, Result};
 
@@ -192,6 +193,7 @@ pub fn evaluate(
     };
     for model in models {
         let other = Engine::open(model, EngineOptions { kv: options.kv, ..options.engine.clone() })?;
+        verify(other.inner.model.weights.source(), None, &options.cancel)?;
         let size = size(&other);
         judge(model, &other, size)?;
     }

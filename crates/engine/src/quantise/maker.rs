@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pocketglm_checkpoint::RowMaker;
+use pocketglm_checkpoint::{RowMaker, system_memory};
 use pocketglm_quant::{quantise_codes, quantise_row, take_apart};
 use pocketglm_tensor::{RowCodes, Tensor};
 
@@ -18,6 +18,8 @@ pub(super) struct Maker<'a> {
     open: Vec<Mutex<Open<'a>>>,
     /// Bytes that were read.
     done: Mutex<u64>,
+    /// Whether the model would fill most of the system's cache: then what was read goes out of it, and what is written stays.
+    outgrows: bool,
 }
 
 #[derive(Default)]
@@ -29,12 +31,23 @@ struct Open<'a> {
 impl<'a> Maker<'a> {
     pub fn new(of: &'a Quantiser) -> Maker<'a> {
         let open = of.plan().tensors.iter().map(|_| Mutex::default()).collect();
-        Maker { of, open, done: Mutex::new(0) }
+        let read = of.plan().bytes_before();
+        let outgrows = system_memory().is_some_and(|memory| read > memory / 2);
+        Maker { of, open, done: Mutex::new(0), outgrows }
     }
 
     /// Bytes that were read.
     pub fn done(&self) -> u64 {
         *self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of a tensor whose rows were all written.
+    fn leave(&self, prepared: Option<Arc<Prepared<'_>>>) {
+        let Some(Prepared::Rows(_, tensor) | Prepared::Copy(tensor)) = prepared.as_deref() else { return };
+        match self.outgrows {
+            true => tensor.shared_bytes().forget(),
+            false => tensor.shared_bytes().release(),
+        }
     }
 
     /// A tensor of the plan, with the lock that is its own.
@@ -67,6 +80,12 @@ fn stored(tensor: &Tensor, row_bytes: usize, row: usize) -> &[u8] {
     tensor.bytes().get(row * row_bytes..(row + 1) * row_bytes).unwrap_or_default()
 }
 
+/// Some rows of a tensor.
+fn part(tensor: &Tensor, row_bytes: usize, k: usize, rows: &Range<usize>) -> Result<Tensor> {
+    let bytes = tensor.shared_bytes().slice(rows.start * row_bytes..rows.end * row_bytes);
+    Ok(Tensor::new(tensor.dtype(), &[rows.len(), k], bytes.unwrap_or_else(|| Vec::new().into()))?)
+}
+
 /// Calls `each` with the number and the values of every row.
 fn each_row(
     rows: &Rows<'_>,
@@ -90,10 +109,16 @@ impl RowMaker for Maker<'_> {
     fn rows(&self, tensor: &str, range: Range<usize>, out: &mut Vec<u8>) -> Result<()> {
         self.of.check_cancelled()?;
         let (plan, prepared) = self.prepared(tensor)?;
-        let row_bytes = plan.to.row_bytes(sizes(plan).0).unwrap_or(0);
+        let (k, _) = sizes(plan);
+        let row_bytes = plan.to.row_bytes(k).unwrap_or(0);
         let bytes = match &*prepared {
             Prepared::Bytes(bytes) => bytes.as_slice(),
-            Prepared::Copy(tensor) => tensor.bytes(),
+            Prepared::Copy(tensor) => {
+                let rows = part(tensor, row_bytes, k, &range)?;
+                self.of.check_copied(&plan.name, range.start, &rows)?;
+                out.extend_from_slice(rows.bytes());
+                return Ok(());
+            }
             Prepared::Rows(rows, tensor) => {
                 let options = rows.options();
                 return each_row(rows, tensor, range, &mut |_, values| {
@@ -120,6 +145,8 @@ impl RowMaker for Maker<'_> {
             }
             Prepared::Copy(tensor) => {
                 let row_bytes = plan.to.row_bytes(k).unwrap_or(0);
+                let rows = part(tensor, row_bytes, k, &(first..first + out.len()))?;
+                self.of.check_copied(&plan.name, first, &rows)?;
                 for (row, codes) in (first..).zip(out) {
                     take_apart(plan.to, stored(tensor, row_bytes, row), k, codes)
                         .map_err(|e| failed(row, e))?;
@@ -147,7 +174,7 @@ impl RowMaker for Maker<'_> {
         let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
         open.written += rows.len();
         if open.written >= all {
-            open.prepared = None;
+            self.leave(open.prepared.take());
         }
         Ok(())
     }

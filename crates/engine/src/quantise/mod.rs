@@ -18,6 +18,7 @@ mod samples;
 mod simulate;
 mod subject;
 mod table;
+mod verify;
 
 pub use calibrate::{CalibrateOptions, Calibrated, calibrate};
 pub use convert::{QuantiseOptions, Quantiser};
@@ -28,3 +29,4 @@ pub use samples::{Sample, Samples};
 pub(crate) use simulate::Precisions;
 pub use simulate::Simulation;
 pub use table::CalibrationTable;
+pub use verify::{Verified, verify_model};
