@@ -107,7 +107,9 @@ pub fn run(
     let intro = "Both models are in memory and take turns; the order changes from round to round. A ratio above 1 means that \
          pocketglm is faster: the ratio of the medians, and the median of the ratios of the rounds with the smallest \
          and the largest. Both keep keys and values in f16; llama.cpp runs with fused attention. The first token is that of a \
-         prompt of 16 tokens, counted from the start of the process with a warm page cache.";
+         prompt of 16 tokens, counted from the start of the process with a warm page cache. The limits are those of reading memory \
+         and of byte dot products, measured between the rounds: where a share is above 100 %, neighbours on the machine left \
+         more to the model than to that measurement, and it says no more than that the kernel is near the limit.";
     let same = arguments.gguf.iter().filter(|_| !arguments.own_only).map(|gguf| (gguf, gguf));
     let own = arguments.own.iter().map(|own| (own, first));
     for (at, (ours, theirs)) in same.chain(own).enumerate() {
