@@ -262,6 +262,16 @@ pub enum Error {
         /// What differs.
         what: String,
     },
+    /// A model of a comparison computes something that is not finite, so that nothing can be said about either.
+    #[error("the {role} {model} cannot be compared: {what}")]
+    NotFinite {
+        /// `reference` or `candidate`.
+        role: &'static str,
+        /// The model.
+        model: PathBuf,
+        /// Where the value was found, and the weight that is to blame.
+        what: String,
+    },
     /// The statistics of activations could not be gathered.
     #[error("the input of `{tensor}`: {source}")]
     Statistics {

@@ -4,6 +4,7 @@
 
 mod bench;
 mod commands;
+mod evaluation;
 mod golden;
 mod refusals;
 mod speech;
