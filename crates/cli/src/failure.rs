@@ -2,7 +2,6 @@
 
 use std::error::Error as _;
 use std::io;
-use std::path::PathBuf;
 
 use pocketglm::MemoryPlan;
 
@@ -49,14 +48,6 @@ pub enum Failure {
     /// The handler of Ctrl-C cannot be installed.
     #[error("cannot handle Ctrl-C: {0}")]
     Signal(#[source] ctrlc::Error),
-    /// A file cannot be written.
-    #[error("cannot write {path}: {source}")]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
     /// A chart cannot be drawn.
     #[error("cannot draw the chart: {0}")]
     Plot(String),

@@ -10,6 +10,7 @@ use pocketglm::Error;
 use pocketglm::quantise::{Method, Policy, QuantPlan, QuantiseOptions, Quantiser};
 use serde_json::{Value, json};
 
+use crate::args::policy_file;
 use crate::failure::Failure;
 use crate::interrupt::{INTERRUPTED, Interrupt};
 use crate::output::{Out, bytes, complain, human, thousands};
@@ -53,7 +54,7 @@ pub struct QuantizeArgs {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
-    /// Replace a file that stands under the name of --out.
+    /// Replace a file that stands under the name of --out; files that are read are never replaced.
     #[arg(long)]
     force: bool,
     /// Quantise tensors that are quantised already.
@@ -108,6 +109,7 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
         static_inputs: args.static_inputs,
         force_requantise: args.force_requantise,
         overwrite: args.force,
+        inputs: policy_file(&args.policy).into_iter().collect(),
         threads: args.threads,
         progress: work.hook(),
         cancel: interrupt.as_ref().map(Interrupt::begin).unwrap_or_default(),

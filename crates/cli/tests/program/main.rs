@@ -6,6 +6,7 @@ mod bench;
 mod commands;
 mod evaluation;
 mod golden;
+mod outputs;
 mod refusals;
 mod speech;
 

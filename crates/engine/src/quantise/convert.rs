@@ -17,7 +17,7 @@ use super::plan::{Planned, QuantPlan, TensorPlan, plan};
 use super::policy::{Method, Policy};
 use super::subject::Opened;
 use super::table::CalibrationTable;
-use crate::{Cancel, EngineOptions, Error, Progress, ProgressFn, Result};
+use crate::{Cancel, EngineOptions, Error, OutFile, Progress, ProgressFn, Result};
 
 /// Appends what a row of values becomes.
 type Make<'a, T> = dyn Fn(&[f32], &mut Vec<T>) -> pocketglm_quant::Result<()> + Sync + 'a;
@@ -46,6 +46,8 @@ pub struct QuantiseOptions {
     pub force_requantise: bool,
     /// Whether a file that stands under the target's name is replaced.
     pub overwrite: bool,
+    /// Files that are never replaced, besides those of the model and the calibration table: that of the policy.
+    pub inputs: Vec<PathBuf>,
     /// Threads; 0 takes as many as the system offers.
     pub threads: usize,
     /// Hears of bytes read, as the step "quantise".
@@ -64,6 +66,7 @@ impl QuantiseOptions {
             static_inputs: false,
             force_requantise: false,
             overwrite: false,
+            inputs: Vec::new(),
             threads: 0,
             progress: None,
             cancel: Cancel::default(),
@@ -155,7 +158,7 @@ impl Quantiser {
     /// under `out`.
     ///
     /// # Errors
-    /// [`Error::Exists`], [`Error::Quantise`] for values that a format cannot hold, [`Error::Cancelled`], and those of
+    /// As [`OutFile::check`] for its name; [`Error::Quantise`] for values that a format cannot hold, [`Error::Cancelled`], and those of
     /// [`PglmWriter`].
     pub fn write_pglm(&self, out: impl AsRef<Path>) -> Result<()> {
         let out = out.as_ref();
@@ -174,10 +177,12 @@ impl Quantiser {
             input_ranges: self.input_ranges()?,
             extra: BTreeMap::new(),
         };
-        // The writer refuses to replace its input, which is the better message where that stands under the name.
+        let target = self.target(out);
+        target.check()?;
         let mut writer = PglmWriter::create(out, &contents, &checkpoint.files())?;
         drop(contents);
-        self.refuse_existing(out)?;
+        // Another process may have finished meanwhile.
+        target.check()?;
         self.report(0);
         // These choices run on all threads, which they cannot do beside other rows.
         for fold in &self.folds {
@@ -221,8 +226,8 @@ impl Quantiser {
             let what = "fixed input ranges have no place in a GGUF file; write a .pglm file".to_owned();
             return Err(Error::Policy { policy: self.plan.policy.clone(), what });
         }
-        self.refuse_existing(text)?;
-        vision.map(|v| self.refuse_existing(v)).transpose()?;
+        self.target(text).check()?;
+        vision.map(|v| self.target(v).check()).transpose()?;
         let config = checkpoint.required_json("config.json")?;
         let lacking = || pocketglm_checkpoint::Error::NoFile {
             wanted: "tokenizer.json".into(),
@@ -279,11 +284,11 @@ impl Quantiser {
         fold.map(|fold| self.scales(fold)).transpose()
     }
 
-    fn refuse_existing(&self, out: &Path) -> Result<()> {
-        if !self.options.overwrite && std::fs::symlink_metadata(out).is_ok() {
-            return Err(Error::Exists { path: out.to_owned() });
-        }
-        Ok(())
+    /// A file that is to be written, guarding all that is read.
+    fn target(&self, out: &Path) -> OutFile {
+        let files = self.opened.subject().checkpoint().files();
+        let table = self.table.as_ref().map(CalibrationTable::path);
+        OutFile::new(out, self.options.overwrite).keeping(files).keeping(table).keeping(&self.options.inputs)
     }
 
     /// The number of a tensor in the plan.

@@ -65,6 +65,15 @@ impl Samples {
         &self.path
     }
 
+    /// The file, and those that its samples name: pictures and sounds.
+    pub fn files(&self) -> Vec<&Path> {
+        let named = self.items.iter().flat_map(|item| match item {
+            Sample::Text(_) => Vec::new(),
+            Sample::Request(request) => request.files(),
+        });
+        std::iter::once(self.path()).chain(named).collect()
+    }
+
     /// SHA-256 of the file, in digits. Pictures that it names are not part of it.
     pub fn hash(&self) -> &str {
         &self.hash
