@@ -139,6 +139,18 @@ fn require_replaceable(target: &Path) -> Result<()> {
     }
 }
 
+/// Whether two paths are one name in one folder; nothing need stand there.
+pub(crate) fn one_name(a: &Path, b: &Path) -> bool {
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (
+            fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()),
+            path.file_name().map(ToOwned::to_owned),
+        )
+    };
+    place(a) == place(b)
+}
+
 /// Joins a file name to a folder; refuses a name that could lead out of it on any system.
 pub(crate) fn join_plain(folder: &Path, name: &str, place: &Path) -> Result<PathBuf> {
     let mut parts = Path::new(name).components();
@@ -244,17 +256,17 @@ impl AtomicFile {
         Err(busy())
     }
 
-    /// Brings all bytes to the disk: what can still fail afterwards is the renaming.
+    /// Brings all bytes to the disk: nothing but the renaming is left then, and nothing stands in its way.
     pub(crate) fn sync(&mut self) -> Result<()> {
         self.out.flush().map_err(io_error("write", &self.target))?;
-        self.out.get_ref().sync_all().map_err(io_error("sync", &self.target))
+        self.out.get_ref().sync_all().map_err(io_error("sync", &self.target))?;
+        // Something may have taken the name meanwhile.
+        require_replaceable(&self.target)
     }
 
     /// Syncs the file, gives it its final name and syncs the folder.
     pub(crate) fn commit(mut self) -> Result<()> {
         self.sync()?;
-        // Something may have taken the name meanwhile.
-        require_replaceable(&self.target)?;
         fs::rename(&self.temporary, &self.target)
             .map_err(io_error("rename a temporary file to", &self.target))?;
         self.committed = true;

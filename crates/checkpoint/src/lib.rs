@@ -40,8 +40,8 @@ pub use fields::Fields;
 pub use file::{check_target, write_atomic};
 pub use finite::first_non_finite;
 pub use gguf::{
-    Convert, Converted, GgufArray, GgufExport, GgufFile, GgufMeta, GgufValue, GgufWriter, export_gguf,
-    to_plain,
+    Convert, Converted, GgufArray, GgufExport, GgufFile, GgufMeta, GgufValue, GgufWriter, check_gguf,
+    export_gguf, gguf_formats, to_plain,
 };
 pub use mapped::{FileBytes, ReadMode};
 pub use names::{NameRules, Renamed};

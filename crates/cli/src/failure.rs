@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::io;
+use std::path::PathBuf;
 
 use pocketglm::MemoryPlan;
 
@@ -48,6 +49,20 @@ pub enum Failure {
     /// The handler of Ctrl-C cannot be installed.
     #[error("cannot handle Ctrl-C: {0}")]
     Signal(#[source] ctrlc::Error),
+    /// A file whose name does not say what it is to be.
+    #[error("{path}: the name ends in neither .pglm nor .gguf; say which it is to be (--to)")]
+    FileKind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A vision file beside a file that has the vision encoder in it.
+    #[error(
+        "{path} is not written: only GGUF has a vision file of its own (--mmproj-out), a .pglm file holds everything"
+    )]
+    VisionFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// A chart cannot be drawn.
     #[error("cannot draw the chart: {0}")]
     Plot(String),

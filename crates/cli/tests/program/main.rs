@@ -7,6 +7,7 @@ mod commands;
 mod evaluation;
 mod golden;
 mod outputs;
+mod quantising;
 mod refusals;
 mod speech;
 

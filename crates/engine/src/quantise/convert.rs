@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use pocketglm_checkpoint::{GgufExport, PglmContents, PglmWriter, export_gguf};
+use pocketglm_checkpoint::{PglmContents, PglmWriter};
 use pocketglm_graph::passes::NormedLinears;
 use pocketglm_quant::awq::{AwqLinear, AwqOptions, Moments, awq};
 use pocketglm_quant::gptq::{Feedback, GptqOptions};
@@ -76,10 +76,10 @@ impl QuantiseOptions {
 
 /// A model about to be quantised. As a [`WeightSource`] it gives the tensors of the result.
 pub struct Quantiser {
-    opened: Opened,
-    path: PathBuf,
+    pub(super) opened: Opened,
+    pub(super) path: PathBuf,
     cpu: Cpu,
-    options: QuantiseOptions,
+    pub(super) options: QuantiseOptions,
     table: Option<CalibrationTable>,
     plan: QuantPlan,
     by_name: HashMap<String, usize>,
@@ -152,6 +152,14 @@ impl Quantiser {
         &self.plan
     }
 
+    /// Refuses a name under which [`Quantiser::write_pglm`] would not write.
+    ///
+    /// # Errors
+    /// As [`OutFile::check`].
+    pub fn check_pglm(&self, out: impl AsRef<Path>) -> Result<()> {
+        self.target(out.as_ref()).check()
+    }
+
     /// Writes the quantised model, with everything that belongs to it, as one `.pglm` file.
     ///
     /// Until it is complete it has another name (see [`PglmWriter`]), so that nothing but a whole model ever stands
@@ -177,12 +185,11 @@ impl Quantiser {
             input_ranges: self.input_ranges()?,
             extra: BTreeMap::new(),
         };
-        let target = self.target(out);
-        target.check()?;
+        self.check_pglm(out)?;
         let mut writer = PglmWriter::create(out, &contents, &checkpoint.files())?;
         drop(contents);
         // Another process may have finished meanwhile.
-        target.check()?;
+        self.check_pglm(out)?;
         self.report(0);
         // These choices run on all threads, which they cannot do beside other rows.
         for fold in &self.folds {
@@ -205,53 +212,6 @@ impl Quantiser {
             })?;
         }
         Ok(writer.finish()?)
-    }
-
-    /// Writes the quantised model as GGUF: a text file and, for a model with a vision encoder, its vision file.
-    ///
-    /// # Errors
-    /// As [`Quantiser::write_pglm`], and where a format is none of GGUF's.
-    pub fn write_gguf(&self, text: impl AsRef<Path>, vision: Option<&Path>) -> Result<()> {
-        let checkpoint = self.opened.subject().checkpoint();
-        let text = text.as_ref();
-        let Some(model) = self.opened.subject().model() else {
-            let what = "a speech checkpoint has no form in GGUF; write a .pglm file".to_owned();
-            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
-        };
-        if !self.opened.subject().others().is_empty() {
-            let what = "an audio branch has no form in GGUF; write a .pglm file".to_owned();
-            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
-        }
-        if self.options.static_inputs {
-            let what = "fixed input ranges have no place in a GGUF file; write a .pglm file".to_owned();
-            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
-        }
-        self.target(text).check()?;
-        vision.map(|v| self.target(v).check()).transpose()?;
-        let config = checkpoint.required_json("config.json")?;
-        let lacking = || pocketglm_checkpoint::Error::NoFile {
-            wanted: "tokenizer.json".into(),
-            folder: self.path.clone(),
-        };
-        let tokenizer = checkpoint.bytes("tokenizer.json")?.ok_or_else(lacking)?;
-        let template = crate::model::template_source(checkpoint)?;
-        let preprocessor = checkpoint.json("preprocessor_config.json")?;
-        let name = self.path.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let export = GgufExport {
-            source: self,
-            config: &config,
-            tokenizer: tokenizer.as_slice(),
-            chat_template: template.as_deref(),
-            preprocessor: preprocessor.as_ref(),
-            name: &name,
-            extra: Vec::new(),
-        };
-        let mut progress = |done: u64, total: u64| {
-            let part = done as f64 / total.max(1) as f64;
-            self.report((part * self.plan.bytes_before() as f64) as u64);
-        };
-        let files = checkpoint.files();
-        Ok(export_gguf(&export, text, vision.filter(|_| model.vision.is_some()), &files, &mut progress)?)
     }
 
     /// The fixed range of the input of each quantised matrix; none where inputs are not fixed.
@@ -285,7 +245,7 @@ impl Quantiser {
     }
 
     /// A file that is to be written, guarding all that is read.
-    fn target(&self, out: &Path) -> OutFile {
+    pub(super) fn target(&self, out: &Path) -> OutFile {
         let files = self.opened.subject().checkpoint().files();
         let table = self.table.as_ref().map(CalibrationTable::path);
         OutFile::new(out, self.options.overwrite).keeping(files).keeping(table).keeping(&self.options.inputs)
@@ -324,6 +284,19 @@ impl Quantiser {
                 Ok(())
             }
         }
+    }
+
+    /// All bytes of a tensor of the plan; none where there is no such tensor.
+    pub(super) fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let mut all = Vec::new();
+        if let Some((i, t)) = self.index(name).and_then(|i| Some((i, self.plan.tensors.get(i)?))) {
+            all.reserve_exact(t.bytes as usize);
+            self.pieces(i, &mut |bytes, _| {
+                all.extend_from_slice(bytes);
+                Ok(())
+            })?;
+        }
+        Ok(all)
     }
 
     /// Opens a tensor and finds out what has to be done with it.
@@ -569,13 +542,8 @@ impl WeightSource for Quantiser {
             name: name.to_owned(),
             place: self.path.display().to_string(),
         };
-        let (Some(&i), Some(info)) = (self.by_name.get(name), self.info(name)) else { return Err(missing()) };
-        let mut all = Vec::with_capacity(info.bytes());
-        self.pieces(i, &mut |bytes, _| {
-            all.extend_from_slice(bytes);
-            Ok(())
-        })
-        .map_err(|e| pocketglm_tensor::Error::Source {
+        let info = self.info(name).ok_or_else(missing)?;
+        let all = self.bytes(name).map_err(|e| pocketglm_tensor::Error::Source {
             name: name.to_owned(),
             place: self.path.display().to_string(),
             what: e.to_string(),
