@@ -74,3 +74,34 @@ fn a_model_that_computes_nan_is_named_and_gets_no_figures() {
     assert!(report["models"][0]["kl"].as_f64().unwrap() > 0.0, "{report}");
     assert!(report["models"][0]["pictures"]["relative_l2"].as_f64().unwrap() > 0.0, "{report}");
 }
+
+#[test]
+fn tokens_that_every_prompt_begins_with_are_not_predicted() {
+    let folder = scratch("prefix");
+    let model = golden("default").display().to_string();
+    let tokenizer: Value =
+        serde_json::from_slice(&std::fs::read(golden("default/tokenizer.json")).unwrap()).unwrap();
+    let added = tokenizer["added_tokens"].as_array().unwrap();
+    let id = |token: &str| added.iter().find(|t| t["content"] == token).unwrap()["id"].as_u64().unwrap();
+    let (mask, begin) = (id("[gMASK]"), id("<sop>"));
+    let positions = |line: &str, window: &str| {
+        let samples = folder.join("samples.jsonl");
+        std::fs::write(&samples, line).unwrap();
+        let samples = samples.display().to_string();
+        let args =
+            ["eval", "--json", "--quiet", "--reference", &model, "--model", &model, "--window", window];
+        let run = ok(&[&args[..], &["--samples", &samples]].concat());
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        report["models"][0]["positions"].as_u64().unwrap()
+    };
+    let of_ids = |ids: &[u64]| positions(&format!("{{\"input_ids\": {ids:?}}}"), "512");
+    // Four tokens of text are predicted where the prefix stands before them, and three where nothing does.
+    assert_eq!(of_ids(&[mask, begin, 5, 6, 7, 8]), 4);
+    assert_eq!(of_ids(&[5, 6, 7, 8]), 3);
+    // The control: in another order they are no prefix, and count.
+    assert_eq!(of_ids(&[begin, mask, 5, 6, 7, 8]), 5);
+    // Every window of text has the prefix, so that each of its tokens is predicted once, however it is cut.
+    let text = r#"{"text": "open the settings and tap on wifi"}"#;
+    let (whole, cut) = (positions(text, "512"), positions(text, "2"));
+    assert!(whole > 6 && cut == whole / 2 * 2, "{whole} {cut}");
+}

@@ -7,6 +7,7 @@ use pocketglm_tensor::{KvFormat, WeightSource};
 
 use super::forward::Forward;
 use super::plan::plan;
+use super::samples::begin;
 use super::subject::Subject;
 use super::{Samples, Simulation};
 use crate::{Cancel, Engine, EngineOptions, Error, Progress, Prompt, Result};
@@ -63,7 +64,8 @@ pub struct Evaluation {
     pub bytes: u64,
     /// Stored bits of a value.
     pub bits_per_weight: f64,
-    /// Tokens that were predicted by both: every one but the first of a prompt and those of pictures.
+    /// Tokens that were predicted by both: every one but those that all prompts begin with, or the first of a prompt without
+    /// them, and those of pictures.
     pub positions: u64,
     /// Perplexity on the samples.
     pub perplexity: f64,
@@ -230,12 +232,14 @@ pub fn evaluate(
     }
     for simulation in &options.simulate {
         let policy = &simulation.policy;
-        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false)?.plan;
         let simulate = Some(simulation.clone());
         let simulated = EngineOptions { simulate, kv: options.kv, ..options.engine.clone() };
+        // Says first what cannot be simulated; a plan would ask for what a file needs.
+        let simulated = Engine::open(path, simulated)?;
+        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false)?.plan;
         let fixed = if simulation.static_inputs.is_some() { ", fixed inputs" } else { "" };
         let name = PathBuf::from(format!("policy {}{fixed}", policy.name));
-        judge(&name, &Engine::open(path, simulated)?, (planned.bytes(), planned.bits_per_weight()))?;
+        judge(&name, &simulated, (planned.bytes(), planned.bits_per_weight()))?;
     }
     Ok((of, all))
 }
@@ -314,7 +318,7 @@ fn compare(
     Ok((positions, pictures.result()))
 }
 
-/// The positions of one step whose next token is one of text; logits are `[tokens, vocabulary]` from `first` on.
+/// The positions of one step whose next token is one of text, and none that every prompt begins with; logits are `[tokens, vocabulary]` from `first` on.
 fn predictions(
     engine: &Engine,
     prompt: &Prompt,
@@ -323,6 +327,7 @@ fn predictions(
     found: &[f32],
 ) -> Result<Vec<Position>, Broken> {
     let vocabulary = engine.inner.model.text.vocab_size.max(1);
+    let fixed = begin(engine, &prompt.ids);
     type Row<'a> = (u32, &'a [f32], &'a [f32], Mutex<Result<Position, Broken>>);
     let rows: Vec<Row<'_>> = wanted
         .chunks_exact(vocabulary)
@@ -330,7 +335,7 @@ fn predictions(
         .enumerate()
         .filter_map(|(i, (wanted, found))| {
             let next = first + i + 1;
-            let text = prompt.visual.get(next).is_some_and(Option::is_none);
+            let text = next >= fixed && prompt.visual.get(next).is_some_and(Option::is_none);
             let out = Mutex::new(Ok(Position::default()));
             text.then(|| Some((*prompt.ids.get(next)?, wanted, found, out)))?
         })

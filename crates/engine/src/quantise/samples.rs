@@ -90,9 +90,7 @@ impl Samples {
     /// # Errors
     /// [`Error::Samples`] where no window has two tokens, and what tokenizing reports.
     pub(super) fn requests(&self, engine: &Engine, window: usize) -> Result<Vec<Request>> {
-        let tokenizer = &engine.inner.model.tokenizer;
-        let begin: Option<Vec<u32>> = BEGIN.iter().map(|t| tokenizer.token_id(t)).collect();
-        let begin = begin.unwrap_or_default();
+        let begin = fixed(engine);
         let window = window.max(2);
         let mut requests = Vec::new();
         for item in &self.items {
@@ -112,6 +110,19 @@ impl Samples {
         }
         Ok(requests)
     }
+}
+
+/// The tokens that prompts of the family begin with; none where the tokenizer lacks one of them.
+fn fixed(engine: &Engine) -> Vec<u32> {
+    let tokenizer = &engine.inner.model.tokenizer;
+    let all: Option<Vec<u32>> = BEGIN.iter().map(|t| tokenizer.token_id(t)).collect();
+    all.unwrap_or_default()
+}
+
+/// How many tokens of a prompt are those that every prompt begins with: predicting them says nothing of its text.
+pub(super) fn begin(engine: &Engine, ids: &[u32]) -> usize {
+    let fixed = fixed(engine);
+    if ids.starts_with(&fixed) { fixed.len() } else { 0 }
 }
 
 fn sample(json: &str) -> Result<Sample> {
