@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use pocketglm::quantise::{EvalOptions, Evaluation, Policy, Reference, Samples, Simulation, evaluate};
 use pocketglm::{EngineOptions, Error, OutFile};
 use serde_json::{Value, json};
@@ -17,9 +17,10 @@ use crate::progress::{Bars, Work};
 
 /// Compare models with the original.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("judged").args(["model", "policy"]).required(true).multiple(true)))]
 pub struct EvalArgs {
     /// The model to judge: checkpoint folder, GGUF or .pglm file. May be given several times.
-    #[arg(long, value_name = "PATH", required_unless_present = "policy")]
+    #[arg(long, value_name = "PATH")]
     model: Vec<PathBuf>,
     /// A policy to judge on the reference's weights without writing a file: a name or a file, as for `quantize`. Slow and
     /// large: it computes in f32. May be given several times.

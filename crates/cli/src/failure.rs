@@ -15,6 +15,9 @@ pub enum Failure {
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] pocketglm::Error),
+    /// A tensor would be quantised twice.
+    #[error("{0} (--force-requantise allows it)")]
+    Twice(#[source] pocketglm::Error),
     /// The memory plan does not fit `--memory`.
     #[error("the plan needs {}, --memory allows {}", bytes(plan.total()), bytes(*budget))]
     Budget {

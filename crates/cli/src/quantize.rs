@@ -117,7 +117,10 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
     };
     let kind = kind(args)?;
     let start = Instant::now();
-    let quantiser = Quantiser::open(&args.model, options)?;
+    let quantiser = Quantiser::open(&args.model, options).map_err(|error| match error {
+        error @ Error::AlreadyQuantised { .. } => Failure::Twice(error),
+        other => other.into(),
+    })?;
     let plan = quantiser.plan();
     let mut out = Out::new();
     let beside = |text: &PathBuf| quantiser.has_vision().then(|| mmproj_beside(text));

@@ -201,8 +201,10 @@ pub enum Error {
         what: String,
     },
     /// A tensor could not be quantised.
-    #[error("tensor `{tensor}`, row {row}: {source}")]
+    #[error("{place}: tensor `{tensor}`, row {row}: {source}")]
     Quantise {
+        /// The file.
+        place: String,
         /// The tensor.
         tensor: String,
         /// Its first row that is concerned.
@@ -211,10 +213,10 @@ pub enum Error {
         source: pocketglm_quant::Error,
     },
     /// A quantised tensor that would be quantised again, without leave to do so.
-    #[error(
-        "tensor `{tensor}` is already {found}: making it {wanted} would quantise it twice (--force-requantise)"
-    )]
+    #[error("{place}: tensor `{tensor}` is already {found}: making it {wanted} would quantise it twice")]
     AlreadyQuantised {
+        /// The file.
+        place: String,
         /// The tensor.
         tensor: String,
         /// Its format.

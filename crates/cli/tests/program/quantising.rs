@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Run, checkpoint, ok, run, scratch};
+use crate::{Run, checkpoint, golden, ok, program, run, scratch};
 
 fn refused(args: &[&str], wanted: &[&str], unwanted: &[&str]) -> Run {
     let run = run(args);
@@ -75,4 +75,44 @@ fn a_dry_run_refuses_what_the_run_would() {
     }
     // And what stands there is told beforehand as well.
     refused(&[&text_only[..], &["--dry-run"]].concat(), &["exists already"], &[]);
+}
+
+#[test]
+fn messages_name_the_file_and_flags_that_the_command_has() {
+    let folder = scratch("messages");
+    let file = |name: &str| folder.join(name).display().to_string();
+    let (model, small, samples) = (checkpoint("default"), file("small.pglm"), file("samples.txt"));
+    std::fs::write(&samples, "open the settings and tap on wifi").unwrap();
+    ok(&["quantize", "--quiet", "--model", &model, "--policy", "int8", "--out", &small]);
+    let again = ["quantize", "--quiet", "--model", &small, "--policy", "int4", "--out", &file("b.pglm")];
+    refused(&again, &[&format!("{small}: tensor"), "is already int8-g128", "--force-requantise"], &[]);
+
+    let eval = ["eval", "--quiet", "--samples", &samples, "--reference"];
+    let judged = [&eval[..], &[&small, "--policy", "int4"]].concat();
+    refused(&judged, &[&format!("{small}: tensor"), "is already int8-g128"], &["--force-requantise"]);
+    let gptq = file("gptq.json");
+    std::fs::write(&gptq, r#"{"rules": [{"tensors": "*", "format": "int4-g64", "method": "gptq"}]}"#)
+        .unwrap();
+    let judged = [&eval[..], &[&model, "--policy", &gptq]].concat();
+    refused(&judged, &["gptq cannot be simulated: write a file with `quantize`"], &["--calibration"]);
+    let nothing = run(&[&eval[..], &[&model]].concat());
+    assert_eq!(nothing.status, Some(2));
+    assert!(nothing.stderr.contains("<--model <PATH>|--policy <NAME|FILE>>"), "{}", nothing.stderr);
+
+    // A speech checkpoint cannot have a table, so none is asked for.
+    let speech = checkpoint("hear/large");
+    for more in [&["--method", "gptq"][..], &["--method", "awq"], &["--kv-scales"], &["--static-inputs"]] {
+        let args = [&["quantize", "--dry-run", "--model", &speech, "--policy", "int8-row"], more].concat();
+        refused(&args, &["which a speech checkpoint cannot have"], &["--calibration"]);
+    }
+    ok(&["quantize", "--dry-run", "--model", &speech, "--policy", "int8-row"]);
+}
+
+#[test]
+fn a_file_beside_nothing_is_told_with_its_folder() {
+    let folder = scratch("beside");
+    std::fs::copy(golden("default/model.safetensors"), folder.join("alone")).unwrap();
+    let output = program().current_dir(&folder).args(["info", "--model", "alone"]).output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), told.trim()), (Some(1), "error: no config.json in ."));
 }

@@ -117,9 +117,18 @@ impl Quantiser {
             }
             (None, _) => {}
         }
-        let Planned { plan, folds } =
-            plan(subject, &options.policy, table.as_ref(), options.force_requantise)?;
-        let needed = |method, tensor: &str| Error::NoCalibration { method, tensor: tensor.to_owned() };
+        let needed = |method: &'static str, tensor: &str| match subject.model() {
+            Some(_) => Error::NoCalibration { method, tensor: tensor.to_owned() },
+            None => Error::Policy {
+                policy: options.policy.name.clone(),
+                what: format!("{method} needs a calibration table, which a speech checkpoint cannot have"),
+            },
+        };
+        let planned = plan(subject, &options.policy, table.as_ref(), options.force_requantise);
+        let Planned { plan, folds } = planned.map_err(|error| match error {
+            Error::NoCalibration { method, tensor } => needed(method, &tensor),
+            other => other,
+        })?;
         let first = plan.tensors.first().map_or("", |t| t.name.as_str());
         if options.static_inputs && table.is_none() {
             return Err(needed("--static-inputs", first));
@@ -135,7 +144,8 @@ impl Quantiser {
         let quantised =
             plan.tensors.iter().find(|t| kv.contains_key(&t.name) && t.from.is_quantised() && t.from == t.to);
         if let Some(t) = quantised.filter(|_| !options.force_requantise) {
-            return Err(Error::AlreadyQuantised { tensor: t.name.clone(), found: t.from, wanted: t.to });
+            let (place, tensor) = (subject.place(&t.name), t.name.clone());
+            return Err(Error::AlreadyQuantised { place, tensor, found: t.from, wanted: t.to });
         }
         let by_name = plan.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let folds = folds.into_iter().map(|linears| Fold { linears, scales: OnceLock::new() }).collect();
@@ -312,13 +322,18 @@ impl Quantiser {
             let scaled: Vec<f32> = tensor.to_f32()?.iter().zip(scales.iter()).map(|(v, s)| v * s).collect();
             let mut bytes = Vec::new();
             quantise_row(t.to, &scaled, &RowOptions::default(), &mut bytes)
-                .map_err(|source| Error::Quantise { tensor: t.name.clone(), row: 0, source })?;
+                .map_err(|source| self.failed(&t.name, 0, source))?;
             return Ok(Prepared::Bytes(bytes));
         }
         if t.from == t.to && !self.kv.contains_key(&t.name) {
             return Ok(Prepared::Copy(tensor));
         }
         Ok(Prepared::Rows(Rows::new(self, t, &tensor)?, tensor))
+    }
+
+    pub(super) fn failed(&self, tensor: &str, row: usize, source: pocketglm_quant::Error) -> Error {
+        let place = self.opened.subject().place(tensor);
+        Error::Quantise { place, tensor: tensor.to_owned(), row, source }
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {
@@ -343,7 +358,8 @@ impl Quantiser {
                 .get(name)
                 .and_then(|&i| self.plan.tensors.get(i))
                 .map_or(tensor.dtype(), |t| t.to);
-            samples.push((dtype, sample_rows(&tensor, name)?));
+            let failed = |row, source| self.failed(name, row, source);
+            samples.push((dtype, sample_rows(&tensor, &failed)?));
         }
         let (mean_abs, squares) = (table.mean_abs(first, k)?, table.mean_squares(first, k)?);
         let (mean_abs, squares) = mean_abs.zip(squares).ok_or_else(none)?;
@@ -384,9 +400,8 @@ impl Quantiser {
 }
 
 /// At most [`AWQ_ROWS`] rows, evenly spread.
-fn sample_rows(tensor: &Tensor, name: &str) -> Result<Vec<f32>> {
+fn sample_rows(tensor: &Tensor, failed: &dyn Fn(usize, pocketglm_quant::Error) -> Error) -> Result<Vec<f32>> {
     let k = tensor.shape().last().copied().unwrap_or(0);
-    let failed = |row| move |source| Error::Quantise { tensor: name.to_owned(), row, source };
     let stored = tensor.dtype().row_bytes(k).unwrap_or(0).max(1);
     let n = tensor.bytes().len() / stored;
     let count = n.min(AWQ_ROWS);
@@ -394,7 +409,7 @@ fn sample_rows(tensor: &Tensor, name: &str) -> Result<Vec<f32>> {
     for (i, out) in rows.chunks_exact_mut(k.max(1)).enumerate() {
         let row = i * n / count.max(1);
         let bytes = tensor.bytes().get(row * stored..(row + 1) * stored).unwrap_or_default();
-        dequantise_row(tensor.dtype(), bytes, out).map_err(failed(row))?;
+        dequantise_row(tensor.dtype(), bytes, out).map_err(|e| failed(row, e))?;
     }
     Ok(rows)
 }
@@ -410,7 +425,7 @@ pub(super) enum Prepared<'a> {
 
 /// The rows of one matrix on their way from one format to another.
 pub(super) struct Rows<'a> {
-    cpu: &'a Cpu,
+    of: &'a Quantiser,
     plan: &'a TensorPlan,
     pub k: usize,
     /// Bytes of a row as it is read.
@@ -446,7 +461,7 @@ impl<'a> Rows<'a> {
             _ => None,
         };
         let batch = (BATCH_VALUES / k).max(1);
-        Ok(Rows { cpu: &of.cpu, plan, k, stored, batch, scales, row_scales, importance, feedback })
+        Ok(Rows { of, plan, k, stored, batch, scales, row_scales, importance, feedback })
     }
 
     /// The new bytes of some rows, in parts; `first` is the first one's number.
@@ -459,7 +474,7 @@ impl<'a> Rows<'a> {
             out.extend_from_slice(values);
             Ok(())
         })?;
-        let made = feedback.quantise(self.cpu, &values.concat(), self.plan.to).map_err(|source| {
+        let made = feedback.quantise(&self.of.cpu, &values.concat(), self.plan.to).map_err(|source| {
             let row = match &source {
                 pocketglm_quant::Error::NotFinite { index, .. }
                 | pocketglm_quant::Error::Range { index, .. } => first + index / self.k,
@@ -491,17 +506,17 @@ impl<'a> Rows<'a> {
     }
 
     pub fn failed(&self, row: usize, source: pocketglm_quant::Error) -> Error {
-        Error::Quantise { tensor: self.plan.name.clone(), row, source }
+        self.of.failed(&self.plan.name, row, source)
     }
 
     /// Calls `make` with the values of each row on all threads; what it appends comes back in the order of the rows.
     fn each<T: Send>(&self, first: usize, bytes: &[u8], make: &Make<'_, T>) -> Result<Vec<Vec<T>>> {
-        let per_task = (bytes.len() / self.stored).div_ceil(self.cpu.threads() * 4).max(1);
+        let per_task = (bytes.len() / self.stored).div_ceil(self.of.cpu.threads() * 4).max(1);
         type Share<'a, T> = (&'a [u8], Mutex<Vec<T>>);
         let parts: Vec<Share<'_, T>> =
             bytes.chunks(per_task * self.stored).map(|part| (part, Mutex::new(Vec::new()))).collect();
         let failure: Mutex<Option<(usize, pocketglm_quant::Error)>> = Mutex::new(None);
-        self.cpu.parallel(parts.len(), &|task| {
+        self.of.cpu.parallel(parts.len(), &|task| {
             let Some((part, out)) = parts.get(task) else { return };
             let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
             let mut values = vec![0.0; self.k];
