@@ -210,7 +210,7 @@ pub enum Error {
         /// Its first row that is concerned.
         row: usize,
         /// What happened.
-        source: pocketglm_quant::Error,
+        source: Box<pocketglm_quant::Error>,
     },
     /// A quantised tensor that would be quantised again, without leave to do so.
     #[error("{place}: tensor `{tensor}` is already {found}: making it {wanted} would quantise it twice")]

@@ -333,7 +333,7 @@ impl Quantiser {
 
     pub(super) fn failed(&self, tensor: &str, row: usize, source: pocketglm_quant::Error) -> Error {
         let place = self.opened.subject().place(tensor);
-        Error::Quantise { place, tensor: tensor.to_owned(), row, source }
+        Error::Quantise { place, tensor: tensor.to_owned(), row, source: Box::new(source) }
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {
