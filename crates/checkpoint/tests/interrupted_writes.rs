@@ -8,16 +8,15 @@
 )]
 #![cfg(unix)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use std::collections::BTreeMap;
-
 use pocketglm_checkpoint::{
     GgufFile, GgufWriter, PglmContents, PglmFile, PglmWriter, ReadMode, SafetensorsFile, SafetensorsWriter,
 };
-use pocketglm_tensor::{DType, TensorInfo};
+use pocketglm_tensor::{DType, TensorInfo, WeightSource};
 
 /// Names the folder that a child process writes to.
 const VARIABLE: &str = "POCKETGLM_WRITE_TO";
