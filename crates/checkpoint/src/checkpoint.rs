@@ -54,6 +54,11 @@ fn size_limit(name: &str) -> u64 {
     }
 }
 
+/// The side files that stand in a folder.
+fn beside(folder: &Path) -> Vec<PathBuf> {
+    SIDE_FILES.iter().map(|name| folder.join(name)).filter(|path| stands(path)).collect()
+}
+
 /// How to open a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
@@ -77,6 +82,8 @@ pub struct Checkpoint {
     path: PathBuf,
     folder: PathBuf,
     store: Store,
+    /// The index, and side files of the folder.
+    beside: Vec<PathBuf>,
     notes: Vec<String>,
 }
 
@@ -160,7 +167,7 @@ impl Checkpoint {
     /// One file of any kind; `path` is what the caller asked for.
     fn single(path: &Path, file: &Path, options: &OpenOptions) -> Result<Checkpoint> {
         let bytes = FileBytes::open(file, options.mode)?;
-        let folder = file.parent().unwrap_or(Path::new("")).to_owned();
+        let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let mut notes = Vec::new();
         let store = if bytes.bytes().as_slice().starts_with(&MAGIC) {
             let text = GgufFile::parse(bytes)?;
@@ -181,7 +188,11 @@ impl Checkpoint {
                 Store::Shards { shards: vec![shard], shard_of }
             }
         };
-        Ok(Checkpoint { path: path.to_owned(), folder, store, notes })
+        let beside = match &store {
+            Store::Shards { .. } => beside(&folder),
+            _ => Vec::new(),
+        };
+        Ok(Checkpoint { path: path.to_owned(), folder, store, beside, notes })
     }
 
     fn sharded(folder: &Path, options: &OpenOptions) -> Result<Checkpoint> {
@@ -222,7 +233,9 @@ impl Checkpoint {
             }
         }
         let store = Store::Shards { shards, shard_of };
-        Ok(Checkpoint { path: folder.to_owned(), folder: folder.to_owned(), store, notes: Vec::new() })
+        let beside = std::iter::once(index_path).chain(beside(folder)).collect();
+        let path = folder.to_owned();
+        Ok(Checkpoint { folder: path.clone(), path, store, beside, notes: Vec::new() })
     }
 
     /// The folder or file that was opened.
@@ -235,13 +248,15 @@ impl Checkpoint {
         &self.notes
     }
 
-    /// The weight files. Whatever is made of a checkpoint must not be written over one of them.
+    /// Every file that it is read from: those of the weights, and of a folder the index and the side files that stand
+    /// there. Whatever is made of a checkpoint must not be written over one of them.
     pub fn files(&self) -> Vec<&Path> {
-        match &self.store {
+        let weights: Vec<&Path> = match &self.store {
             Store::Shards { shards, .. } => shards.iter().map(SafetensorsFile::path).collect(),
             Store::Gguf(gguf) => gguf.files().map(GgufFile::path).collect(),
             Store::Pglm(pglm) => vec![pglm.path()],
-        }
+        };
+        weights.into_iter().chain(self.beside.iter().map(PathBuf::as_path)).collect()
     }
 
     /// The file of a tensor for messages; the checkpoint's path where there is no such tensor.

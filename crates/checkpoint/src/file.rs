@@ -95,10 +95,21 @@ pub(crate) fn stands(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
 
+/// Refuses to write a file over what must not be lost: one of `inputs`, by whatever names the two go (another path, a
+/// hard or a symbolic link), or anything but a regular file. Files are renamed to their names, which would replace a
+/// device or a FIFO by a file like any other.
+///
+/// # Errors
+/// [`Error::Write`] for an input, [`Error::NotAFile`], [`Error::Io`].
+pub fn check_target<P: AsRef<Path>>(target: &Path, inputs: &[P]) -> Result<()> {
+    refuse_inputs(target, inputs)?;
+    require_replaceable(target)
+}
+
 /// Refuses to write over one of `inputs`, by whatever names the two go.
-pub(crate) fn refuse_inputs(target: &Path, inputs: &[&Path]) -> Result<()> {
+pub(crate) fn refuse_inputs<P: AsRef<Path>>(target: &Path, inputs: &[P]) -> Result<()> {
     let Ok(there) = fs::metadata(target) else { return Ok(()) };
-    for input in inputs {
+    for input in inputs.iter().map(AsRef::as_ref) {
         let same_name = match (fs::canonicalize(target), fs::canonicalize(input)) {
             (Ok(a), Ok(b)) => a == b,
             _ => false,
@@ -110,6 +121,34 @@ pub(crate) fn refuse_inputs(target: &Path, inputs: &[&Path]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses a name under which something other than a regular file, or a link to one, stands.
+fn require_replaceable(target: &Path) -> Result<()> {
+    // Where even this fails, so will the writing, with a better message.
+    let Ok(there) = fs::symlink_metadata(target) else { return Ok(()) };
+    if !there.is_symlink() {
+        return require_regular(target, &there);
+    }
+    match fs::metadata(target) {
+        Ok(behind) => require_regular(target, &behind),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(Error::NotAFile { path: target.to_owned(), found: "a symbolic link to nothing" })
+        }
+        Err(e) => Err(io_error("inspect", target)(e)),
+    }
+}
+
+/// Whether two paths are one name in one folder; nothing need stand there.
+pub(crate) fn one_name(a: &Path, b: &Path) -> bool {
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (
+            fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()),
+            path.file_name().map(ToOwned::to_owned),
+        )
+    };
+    place(a) == place(b)
 }
 
 /// Joins a file name to a folder; refuses a name that could lead out of it on any system.
@@ -128,7 +167,8 @@ pub(crate) fn join_plain(folder: &Path, name: &str, place: &Path) -> Result<Path
 /// and then renamed to `path`, replacing what stood there. On an error nothing changes under `path`.
 ///
 /// # Errors
-/// [`Error::Io`], also for the error that `fill` returns.
+/// [`Error::Io`], also for the error that `fill` returns; [`Error::NotAFile`] where something other than a regular file
+/// stands there.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
     let mut file = AtomicFile::create(path)?;
     fill(&mut file.out).map_err(io_error("write", path))?;
@@ -147,6 +187,7 @@ pub(crate) struct AtomicFile {
 impl AtomicFile {
     pub(crate) fn create(target: &Path) -> Result<AtomicFile> {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
+        require_replaceable(target)?;
         let Some(name) = target.file_name() else {
             return Err(Error::Write { path: target.to_owned(), what: "the path names no file".into() });
         };
@@ -171,6 +212,7 @@ impl AtomicFile {
     /// As [`AtomicFile::create`], for files that take long to write: the temporary name is always the same one, so that
     /// what a killed process left is found and replaced by the next one. Two processes cannot write at once.
     pub(crate) fn create_staged(target: &Path) -> Result<AtomicFile> {
+        require_replaceable(target)?;
         let Some(name) = target.file_name() else {
             return Err(Error::Write { path: target.to_owned(), what: "the path names no file".into() });
         };
@@ -214,10 +256,17 @@ impl AtomicFile {
         Err(busy())
     }
 
-    /// Syncs the file, gives it its final name and syncs the folder.
-    pub(crate) fn commit(mut self) -> Result<()> {
+    /// Brings all bytes to the disk: nothing but the renaming is left then, and nothing stands in its way.
+    pub(crate) fn sync(&mut self) -> Result<()> {
         self.out.flush().map_err(io_error("write", &self.target))?;
         self.out.get_ref().sync_all().map_err(io_error("sync", &self.target))?;
+        // Something may have taken the name meanwhile.
+        require_replaceable(&self.target)
+    }
+
+    /// Syncs the file, gives it its final name and syncs the folder.
+    pub(crate) fn commit(mut self) -> Result<()> {
+        self.sync()?;
         fs::rename(&self.temporary, &self.target)
             .map_err(io_error("rename a temporary file to", &self.target))?;
         self.committed = true;
@@ -292,6 +341,79 @@ mod tests {
         assert!(write_atomic(&dir.path().join("absent").join("a"), |_| Ok(())).is_err());
         assert!(write_atomic(Path::new("/"), |_| Ok(())).is_err());
         assert_eq!(dir.names(), ["sub"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_regular_file_is_never_replaced() {
+        use std::os::unix::fs::{FileTypeExt, symlink};
+        let dir = TempDir::new();
+        let at = |name: &str| dir.path().join(name);
+        crate::test_support::make_fifo(&at("fifo"));
+        symlink(at("fifo"), at("link-to-fifo")).unwrap();
+        symlink(at("absent"), at("link-to-nothing")).unwrap();
+        let socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        symlink("/dev/null", at("link-to-device")).unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        let before = dir.names();
+        for (name, kind) in [
+            ("fifo", "a FIFO"),
+            ("link-to-fifo", "a FIFO"),
+            ("link-to-nothing", "a symbolic link to nothing"),
+            ("socket", "a socket"),
+            ("link-to-device", "a device"),
+            ("folder", "a folder"),
+        ] {
+            let refused = [
+                write_atomic(&at(name), |f| f.write_all(b"new")),
+                AtomicFile::create_staged(&at(name)).map(drop),
+                check_target(&at(name), &[] as &[&Path]),
+            ];
+            for refused in refused {
+                let found = refused.unwrap_err().to_string();
+                assert!(found.contains(&format!("{name} is {kind}, expected a regular file")), "{found}");
+            }
+        }
+        assert_eq!(dir.names(), before);
+        assert!(fs::metadata(at("fifo")).unwrap().file_type().is_fifo());
+        drop(socket);
+        // What takes the name while the file is written is not replaced either.
+        let late = write_atomic(&at("late"), |_| {
+            crate::test_support::make_fifo(&at("late"));
+            Ok(())
+        });
+        assert!(late.unwrap_err().to_string().contains("late is a FIFO"));
+        // The control: a file, and a link to one, are.
+        fs::write(at("file"), b"old").unwrap();
+        symlink(at("file"), at("link")).unwrap();
+        write_atomic(&at("link"), |f| f.write_all(b"new")).unwrap();
+        write_atomic(&at("file"), |f| f.write_all(b"new")).unwrap();
+        assert_eq!(
+            (fs::read(at("file")).unwrap(), fs::read(at("link")).unwrap()),
+            (b"new".into(), b"new".into())
+        );
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_input_is_refused_as_target_by_every_name_that_it_has() {
+        let dir = TempDir::new();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("input"), b"1").unwrap();
+        fs::write(at("other"), b"2").unwrap();
+        fs::create_dir(at("sub")).unwrap();
+        fs::hard_link(at("input"), at("hard")).unwrap();
+        std::os::unix::fs::symlink(at("input"), at("soft")).unwrap();
+        let inputs = [at("absent"), at("input")];
+        for name in ["input", "hard", "soft", "sub/../input", "./input"] {
+            let found = check_target(&at(name), &inputs).unwrap_err().to_string();
+            assert!(found.contains("input, which is being read"), "{found}");
+        }
+        // The other way round: what is read is a link, and the file behind it is written.
+        assert!(check_target(&at("input"), &[at("soft")]).is_err());
+        for name in ["other", "new"] {
+            check_target(&at(name), &inputs).unwrap();
+        }
     }
 
     #[test]

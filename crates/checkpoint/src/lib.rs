@@ -38,11 +38,11 @@ pub use check::{ExpectedTensor, Misshapen, TensorProblems, check_tensors};
 pub use checkpoint::{Checkpoint, OpenOptions};
 pub use error::Error;
 pub use fields::Fields;
-pub use file::write_atomic;
+pub use file::{check_target, write_atomic};
 pub use finite::first_non_finite;
 pub use gguf::{
-    Convert, Converted, GgufArray, GgufExport, GgufFile, GgufMeta, GgufValue, GgufWriter, export_gguf,
-    to_plain,
+    Convert, Converted, GgufArray, GgufExport, GgufFile, GgufMeta, GgufValue, GgufWriter, check_gguf,
+    export_gguf, gguf_formats, to_plain,
 };
 pub use mapped::{FileBytes, ReadMode, system_memory};
 pub use names::{NameRules, Renamed};

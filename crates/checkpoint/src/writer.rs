@@ -19,8 +19,9 @@ const DATA_ALIGNMENT: usize = 64;
 /// In the file, wider element types come first (otherwise in the order declared), and the data begin at a
 /// multiple of 64, so that every tensor is aligned to its element type.
 ///
-/// Until [`SafetensorsWriter::finish`] the file has a temporary name in the same folder. Dropping the
-/// writer before removes it, and what stood under the final name stays.
+/// Until [`SafetensorsWriter::finish`] the file is `.NAME.partial` beside the target, whose old content stays. Dropping the
+/// writer removes it; what a killed process leaves there is replaced by the next writer of the same target. Two writers of
+/// one target at once are refused.
 pub struct SafetensorsWriter {
     file: AtomicFile,
     path: std::path::PathBuf,
@@ -39,8 +40,8 @@ impl SafetensorsWriter {
     /// Starts a file with these tensors and strings under `__metadata__`.
     ///
     /// # Errors
-    /// [`Error::Write`] where a name occurs twice or the sizes pass what [`crate::SafetensorsFile`] reads;
-    /// [`Error::Io`].
+    /// [`Error::Write`] where a name occurs twice, the sizes pass what [`crate::SafetensorsFile`] reads or another process
+    /// writes the target; [`Error::NotAFile`], [`Error::Io`].
     pub fn create(
         path: &Path,
         tensors: &[TensorInfo],
@@ -48,7 +49,7 @@ impl SafetensorsWriter {
     ) -> Result<SafetensorsWriter> {
         let (header, places) =
             layout(tensors, metadata).map_err(|what| Error::Write { path: path.to_owned(), what })?;
-        let mut file = AtomicFile::create(path)?;
+        let mut file = AtomicFile::create_staged(path)?;
         let length = (header.len() as u64).to_le_bytes();
         file.out
             .write_all(&length)

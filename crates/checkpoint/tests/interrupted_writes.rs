@@ -8,12 +8,15 @@
 )]
 #![cfg(unix)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pocketglm_checkpoint::{GgufFile, GgufWriter, PglmContents, PglmFile, PglmWriter, ReadMode};
-use pocketglm_tensor::{DType, TensorInfo};
+use pocketglm_checkpoint::{
+    GgufFile, GgufWriter, PglmContents, PglmFile, PglmWriter, ReadMode, SafetensorsFile, SafetensorsWriter,
+};
+use pocketglm_tensor::{DType, TensorInfo, WeightSource};
 
 /// Names the folder that a child process writes to.
 const VARIABLE: &str = "POCKETGLM_WRITE_TO";
@@ -50,6 +53,16 @@ fn write_gguf(path: &Path) -> Result<(), String> {
     writer.finish().map_err(|e| e.to_string())
 }
 
+fn write_safetensors(path: &Path) -> Result<(), String> {
+    let tensors = tensors();
+    let mut writer =
+        SafetensorsWriter::create(path, &tensors, &BTreeMap::new()).map_err(|e| e.to_string())?;
+    for info in &tensors {
+        writer.write(&info.name, &vec![3; info.bytes()]).map_err(|e| e.to_string())?;
+    }
+    writer.finish().map_err(|e| e.to_string())
+}
+
 /// What the child processes below run; by itself it has nothing to do, so it is left out.
 #[test]
 #[ignore = "run by the other tests in a process of its own"]
@@ -59,6 +72,7 @@ fn child() {
     while Instant::now() < until {
         write_pglm(&folder.join("m.pglm")).unwrap();
         write_gguf(&folder.join("m.gguf")).unwrap();
+        write_safetensors(&folder.join("m.table")).unwrap();
     }
 }
 
@@ -67,7 +81,11 @@ fn child() {
 #[ignore = "run by the other tests in a process of its own"]
 fn child_with_little_room() {
     let Some(folder) = std::env::var_os(VARIABLE).map(PathBuf::from) else { return };
-    let errors = [write_pglm(&folder.join("m.pglm")), write_gguf(&folder.join("m.gguf"))];
+    let errors = [
+        write_pglm(&folder.join("m.pglm")),
+        write_gguf(&folder.join("m.gguf")),
+        write_safetensors(&folder.join("m.table")),
+    ];
     let names: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
     println!("report: {errors:?} {names:?}");
 }
@@ -75,7 +93,9 @@ fn child_with_little_room() {
 #[test]
 fn killed_writers_leave_nothing_damaged_and_the_next_one_starts_afresh() {
     let folder = folder("killed");
-    let (pglm, gguf) = (folder.join("m.pglm"), folder.join("m.gguf"));
+    let [pglm, gguf, table] = ["m.pglm", "m.gguf", "m.table"].map(|name| folder.join(name));
+    let partial = |name: &str| folder.join(format!(".{name}.partial")).exists();
+    let any = || ["m.pglm", "m.gguf", "m.table"].into_iter().any(partial);
     let (mut whole, mut leftovers) = (0, 0);
     for round in 0..60u64 {
         let mut child = Command::new(std::env::current_exe().unwrap())
@@ -86,15 +106,14 @@ fn killed_writers_leave_nothing_damaged_and_the_next_one_starts_afresh() {
             .unwrap();
         // Some time after it began to write, however busy the machine is.
         let until = Instant::now() + Duration::from_secs(20);
-        while !folder.join(".m.pglm.partial").exists() && !folder.join(".m.gguf.partial").exists() {
+        while !any() {
             assert!(Instant::now() < until, "the writer never began");
             std::thread::sleep(Duration::from_micros(200));
         }
         std::thread::sleep(Duration::from_micros(round * 7_919 % 30_000));
         child.kill().unwrap();
         child.wait().unwrap();
-        leftovers +=
-            usize::from(folder.join(".m.pglm.partial").exists() || folder.join(".m.gguf.partial").exists());
+        leftovers += usize::from(any());
         if pglm.exists() {
             PglmFile::open(&pglm, ReadMode::Map).unwrap().verify(&mut |_, _| {}).unwrap();
             whole += 1;
@@ -102,6 +121,10 @@ fn killed_writers_leave_nothing_damaged_and_the_next_one_starts_afresh() {
         if gguf.exists() {
             let file = GgufFile::open(&gguf, ReadMode::Map).unwrap();
             assert_eq!(file.get("t23").unwrap().bytes(), vec![3; 4 * ELEMENTS]);
+        }
+        if table.exists() {
+            let file = SafetensorsFile::open(&table, ReadMode::Map).unwrap();
+            assert_eq!(file.tensor("t23").unwrap().bytes(), vec![3; 4 * ELEMENTS]);
         }
         if round % 6 == 5 {
             let _ = std::fs::remove_file(&pglm);
@@ -111,11 +134,12 @@ fn killed_writers_leave_nothing_damaged_and_the_next_one_starts_afresh() {
     assert!(leftovers > 0, "no writer was killed while it wrote");
     write_pglm(&pglm).unwrap();
     write_gguf(&gguf).unwrap();
+    write_safetensors(&table).unwrap();
     PglmFile::open(&pglm, ReadMode::Map).unwrap().verify(&mut |_, _| {}).unwrap();
     let mut names: Vec<_> =
         std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(names, ["m.gguf", "m.pglm"]);
+    assert_eq!(names, ["m.gguf", "m.pglm", "m.table"]);
     std::fs::remove_dir_all(folder).unwrap();
 }
 
@@ -135,17 +159,17 @@ fn a_full_disk_is_an_error_and_leaves_no_partial_file() {
     let text = String::from_utf8_lossy(&output.stdout);
     let report =
         text.lines().find(|l| l.contains("report: ")).unwrap_or_else(|| panic!("no report in {text}"));
-    for file in ["m.pglm", "m.gguf"] {
+    for file in ["m.pglm", "m.gguf", "m.table"] {
         assert!(report.contains(&format!("cannot write {}", folder.join(file).display())), "{report}");
     }
     assert!(report.ends_with("[]"), "files were left: {report}");
-    // The control: with room for both, both are there.
+    // The control: with room for all, all are there.
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "child_with_little_room", "--nocapture"])
         .env(VARIABLE, &folder)
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("report: [Ok(()), Ok(())]"), "{text}");
+    assert!(text.contains("report: [Ok(()), Ok(()), Ok(())]"), "{text}");
     std::fs::remove_dir_all(folder).unwrap();
 }

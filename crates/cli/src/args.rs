@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use pocketglm::quantise::Policy;
 use pocketglm::{
     AudioPrecision, ContentFormat, Engine, EngineOptions, Error, GenerateOptions, KvFormat, Model, ReadMode,
 };
@@ -423,6 +424,11 @@ pub fn positive(text: &str) -> Result<usize, String> {
         Ok(n) => Ok(n),
         Err(e) => Err(format!("not a count: {e}")),
     }
+}
+
+/// The file that a policy is read from; `None` for one that has a name.
+pub fn policy_file(policy: &str) -> Option<PathBuf> {
+    Policy::named(policy).is_none().then(|| PathBuf::from(policy))
 }
 
 /// Bytes: a number, alone or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB) unit.

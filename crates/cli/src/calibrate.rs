@@ -36,7 +36,7 @@ pub struct CalibrateArgs {
     /// Most bytes of these matrices; those that do not fit are left out.
     #[arg(long, value_name = "BYTES", default_value = "2GiB", value_parser = byte_size)]
     second_moments_memory: u64,
-    /// Replace a file that stands under the name of --out.
+    /// Replace a file that stands under the name of --out; files that are read are never replaced.
     #[arg(long)]
     force: bool,
     /// Print one JSON object.

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
-use pocketglm::Error;
+use clap::{ArgGroup, Args};
 use pocketglm::quantise::{EvalOptions, Evaluation, Policy, Reference, Samples, Simulation, evaluate};
+use pocketglm::{EngineOptions, Error, OutFile};
 use serde_json::{Value, json};
 
-use crate::args::{Kv, RunArgs, positive};
+use crate::args::{Kv, RunArgs, policy_file, positive};
 use crate::failure::Failure;
 use crate::interrupt::{INTERRUPTED, Interrupt};
 use crate::output::{Out, complain, human, thousands};
@@ -17,9 +17,10 @@ use crate::progress::{Bars, Work};
 
 /// Compare models with the original.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("judged").args(["model", "policy"]).required(true).multiple(true)))]
 pub struct EvalArgs {
     /// The model to judge: checkpoint folder, GGUF or .pglm file. May be given several times.
-    #[arg(long, value_name = "PATH", required_unless_present = "policy")]
+    #[arg(long, value_name = "PATH")]
     model: Vec<PathBuf>,
     /// A policy to judge on the reference's weights without writing a file: a name or a file, as for `quantize`. Slow and
     /// large: it computes in f32. May be given several times.
@@ -46,6 +47,9 @@ pub struct EvalArgs {
     /// Draw divergence and agreement over bits per weight into this SVG file.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
+    /// Replace a file that stands under the name of --plot; files that are read are never replaced.
+    #[arg(long, requires = "plot")]
+    force: bool,
     #[command(flatten)]
     run: RunArgs,
 }
@@ -65,6 +69,7 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
         simulate: args.policy.iter().map(simulation).collect::<Result<_, _>>()?,
         cancel: interrupt.begin(),
     };
+    let plot = args.plot.as_ref().map(|path| guarded(path, args, &samples, &options.engine)).transpose()?;
     let compared = evaluate(&args.model, &args.reference, &samples, &options);
     work.clear();
     let (reference, models) = match compared {
@@ -74,9 +79,8 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
         }
         other => other?,
     };
-    if let Some(path) = &args.plot {
-        let svg = plot::draw(&models)?;
-        std::fs::write(path, svg).map_err(|source| Failure::Write { path: path.clone(), source })?;
+    if let Some(plot) = plot {
+        plot.write(plot::draw(&models)?.as_bytes())?;
     }
     let mut out = Out::new();
     match args.json {
@@ -84,6 +88,26 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
         false => out.line(&table(&reference, &models))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The file of the chart, which must be none of those that are read.
+fn guarded(
+    path: &PathBuf,
+    args: &EvalArgs,
+    samples: &Samples,
+    engine: &EngineOptions,
+) -> Result<OutFile, Failure> {
+    let policies = args.policy.iter().filter_map(|name| policy_file(name));
+    let mut out = OutFile::new(path, args.force)
+        .keeping(samples.files())
+        .keeping(policies)
+        .keeping(&args.static_inputs)
+        .keeping_model(&args.reference, engine)?;
+    for model in &args.model {
+        out = out.keeping_model(model, engine)?;
+    }
+    out.check()?;
+    Ok(out)
 }
 
 fn table(reference: &Reference, models: &[Evaluation]) -> String {

@@ -15,6 +15,9 @@ pub enum Failure {
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] pocketglm::Error),
+    /// A tensor would be quantised twice.
+    #[error("{0} (--force-requantise allows it)")]
+    Twice(#[source] pocketglm::Error),
     /// The memory plan does not fit `--memory`.
     #[error("the plan needs {}, --memory allows {}", bytes(plan.total()), bytes(*budget))]
     Budget {
@@ -49,13 +52,19 @@ pub enum Failure {
     /// The handler of Ctrl-C cannot be installed.
     #[error("cannot handle Ctrl-C: {0}")]
     Signal(#[source] ctrlc::Error),
-    /// A file cannot be written.
-    #[error("cannot write {path}: {source}")]
-    Write {
+    /// A file whose name does not say what it is to be.
+    #[error("{path}: the name ends in neither .pglm nor .gguf; say which it is to be (--to)")]
+    FileKind {
         /// The file.
         path: PathBuf,
-        /// The system's error.
-        source: io::Error,
+    },
+    /// A vision file beside a file that has the vision encoder in it.
+    #[error(
+        "{path} is not written: only GGUF has a vision file of its own (--mmproj-out), a .pglm file holds everything"
+    )]
+    VisionFile {
+        /// The file.
+        path: PathBuf,
     },
     /// A chart cannot be drawn.
     #[error("cannot draw the chart: {0}")]

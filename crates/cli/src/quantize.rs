@@ -10,6 +10,7 @@ use pocketglm::Error;
 use pocketglm::quantise::{Method, Policy, QuantPlan, QuantiseOptions, Quantiser};
 use serde_json::{Value, json};
 
+use crate::args::policy_file;
 use crate::failure::Failure;
 use crate::interrupt::{INTERRUPTED, Interrupt};
 use crate::output::{Out, bytes, complain, human, thousands};
@@ -44,10 +45,10 @@ pub struct QuantizeArgs {
     /// Fix the ranges of the inputs of quantised matrices to those of --calibration.
     #[arg(long)]
     static_inputs: bool,
-    /// Kind of file; by the name of --out where it is not given.
+    /// Kind of file; by the ending of --out where it is not given.
     #[arg(long, value_enum)]
     to: Option<Target>,
-    /// The vision file of a GGUF model; mmproj-NAME beside --out where it is not given.
+    /// The vision file of a GGUF model; mmproj-NAME beside --out where it is not given. A .pglm file has none.
     #[arg(long, value_name = "FILE")]
     mmproj_out: Option<PathBuf>,
     /// Show what would become of each tensor, and write nothing.
@@ -56,7 +57,7 @@ pub struct QuantizeArgs {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
-    /// Replace a file that stands under the name of --out.
+    /// Replace a file that stands under the name of --out; files that are read are never replaced.
     #[arg(long)]
     force: bool,
     /// Quantise tensors that are quantised already.
@@ -112,16 +113,29 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
         static_inputs: args.static_inputs,
         force_requantise: args.force_requantise,
         overwrite: args.force,
+        inputs: policy_file(&args.policy).into_iter().collect(),
         threads: args.threads,
         progress: work.hook(),
         cancel: interrupt.as_ref().map(Interrupt::begin).unwrap_or_default(),
         ..QuantiseOptions::new(policy)
     };
+    let kind = kind(args)?;
     let start = Instant::now();
-    let quantiser = Quantiser::open(&args.model, options)?;
+    let quantiser = Quantiser::open(&args.model, options).map_err(|error| match error {
+        error @ Error::AlreadyQuantised { .. } => Failure::Twice(error),
+        other => other.into(),
+    })?;
     let plan = quantiser.plan();
     let mut out = Out::new();
+    let beside = |text: &PathBuf| quantiser.has_vision().then(|| mmproj_beside(text));
+    let vision = args.mmproj_out.clone().or_else(|| args.out.as_ref().and_then(beside));
     let Some(target) = args.out.as_ref().filter(|_| !args.dry_run) else {
+        match (kind, &args.out) {
+            (Target::Gguf, Some(text)) => quantiser.check_gguf(text, vision.as_deref())?,
+            (Target::Gguf, None) => quantiser.fits_gguf()?,
+            (Target::Pglm, Some(file)) => quantiser.check_pglm(file)?,
+            (Target::Pglm, None) => {}
+        }
         if args.json {
             out.json(&plan_json(plan))?;
         } else {
@@ -129,14 +143,9 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
         }
         return Ok(ExitCode::SUCCESS);
     };
-    let gguf = match args.to {
-        Some(kind) => kind == Target::Gguf,
-        None => target.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")),
-    };
-    let vision = args.mmproj_out.clone().unwrap_or_else(|| mmproj_beside(target));
-    let written = match gguf {
-        true => quantiser.write_gguf(target, Some(&vision)),
-        false => quantiser.write_pglm(target),
+    let written = match kind {
+        Target::Gguf => quantiser.write_gguf(target, vision.as_deref()),
+        Target::Pglm => quantiser.write_pglm(target),
     };
     work.clear();
     match written {
@@ -157,6 +166,23 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
         out.line(&format!("written to {} in {seconds:.1} s", target.display()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The kind of file that is asked for: by --to, or by the name of --out.
+fn kind(args: &QuantizeArgs) -> Result<Target, Failure> {
+    let named = |kind: &str| {
+        args.out.as_ref().and_then(|o| o.extension()).is_some_and(|e| e.eq_ignore_ascii_case(kind))
+    };
+    let kind = match (args.to, &args.out) {
+        (Some(kind), _) => kind,
+        (None, Some(_)) if named("gguf") => Target::Gguf,
+        (None, Some(out)) if !named("pglm") => return Err(Failure::FileKind { path: out.clone() }),
+        (None, _) => Target::Pglm,
+    };
+    match (&args.mmproj_out, kind) {
+        (Some(path), Target::Pglm) => Err(Failure::VisionFile { path: path.clone() }),
+        _ => Ok(kind),
+    }
 }
 
 fn mmproj_beside(text: &Path) -> PathBuf {

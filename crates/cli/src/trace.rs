@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use pocketglm::{Recogniser, Request};
+use pocketglm::{OutFile, Recogniser, Request};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
@@ -22,6 +22,9 @@ pub struct TraceArgs {
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Replace a file that stands under the name of --out; files that are read are never replaced.
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -33,9 +36,13 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, Failure> {
         None => read_request(&args.request)?,
     };
     let bars = Bars::new(args.model.quiet);
+    let options = args.model.options(&bars)?;
+    let out = OutFile::new(&args.out, args.force).keeping([&args.request]).keeping(request.files());
+    let out = out.keeping_model(&args.model.model, &options)?;
+    out.check()?;
     let trace = match &request {
         Request::Audio(sound) if Recogniser::is_one(&args.model.model) => {
-            Recogniser::open(&args.model.model, args.model.options(&bars)?)?.trace(sound)?
+            Recogniser::open(&args.model.model, options)?.trace(sound)?
         }
         _ => {
             let model = args.model.open(&bars)?;
@@ -44,7 +51,8 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, Failure> {
         }
     };
     bars.clear();
-    trace.write(&args.out)?;
+    out.check()?;
+    trace.write(out.path())?;
     if !args.model.quiet {
         let width = trace.tensors().iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         for (name, tensor) in trace.tensors() {

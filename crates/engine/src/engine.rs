@@ -210,15 +210,21 @@ impl Engine {
     /// The error for logits that are not finite: names the weight that is to blame, where there is one.
     pub(crate) fn explain(&self, error: pocketglm_glm::Error) -> Error {
         let pocketglm_glm::Error::NotFinite { token, value } = error else { return error.into() };
-        let weights = &self.inner.model.weights;
-        for info in weights.tensors() {
-            let Ok(tensor) = weights.tensor(&info.name) else { continue };
-            if let Some(index) = first_non_finite(&tensor) {
-                let value = tensor.to_f32().ok().and_then(|v| v.get(index).copied()).unwrap_or(f32::NAN);
-                return Error::WeightNotFinite { tensor: info.name, index, value };
-            }
+        if let Some((tensor, index, value)) = self.non_finite_weight() {
+            return Error::WeightNotFinite { tensor, index, value };
         }
         Error::LogitNotFinite { token, value }
+    }
+
+    /// The first weight that is NaN or infinite: its tensor, its index there and the value.
+    pub(crate) fn non_finite_weight(&self) -> Option<(String, usize, f32)> {
+        let weights = &self.inner.model.weights;
+        weights.tensors().into_iter().find_map(|info| {
+            let tensor = weights.tensor(&info.name).ok()?;
+            let index = first_non_finite(&tensor)?;
+            let value = tensor.to_f32().ok().and_then(|v| v.get(index).copied()).unwrap_or(f32::NAN);
+            Some((info.name, index, value))
+        })
     }
 
     /// The compiled vision encoder.

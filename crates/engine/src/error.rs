@@ -201,20 +201,22 @@ pub enum Error {
         what: String,
     },
     /// A tensor could not be quantised.
-    #[error("tensor `{tensor}`, row {row}: {source}")]
+    #[error("{place}: tensor `{tensor}`, row {row}: {source}")]
     Quantise {
+        /// The file.
+        place: String,
         /// The tensor.
         tensor: String,
         /// Its first row that is concerned.
         row: usize,
         /// What happened.
-        source: pocketglm_quant::Error,
+        source: Box<pocketglm_quant::Error>,
     },
     /// A quantised tensor that would be quantised again, without leave to do so.
-    #[error(
-        "tensor `{tensor}` is already {found}: making it {wanted} would quantise it twice (--force-requantise)"
-    )]
+    #[error("{place}: tensor `{tensor}` is already {found}: making it {wanted} would quantise it twice")]
     AlreadyQuantised {
+        /// The file.
+        place: String,
         /// The tensor.
         tensor: String,
         /// Its format.
@@ -260,6 +262,16 @@ pub enum Error {
         /// What it is compared with.
         reference: PathBuf,
         /// What differs.
+        what: String,
+    },
+    /// A model of a comparison computes something that is not finite, so that nothing can be said about either.
+    #[error("the {role} {model} cannot be compared: {what}")]
+    NotFinite {
+        /// `reference` or `candidate`.
+        role: &'static str,
+        /// The model.
+        model: PathBuf,
+        /// Where the value was found, and the weight that is to blame.
         what: String,
     },
     /// The statistics of activations could not be gathered.

@@ -166,7 +166,7 @@ impl Model {
         };
         check_tensors(&*weights, &place, &expected, &ignore)?;
         let precisions = match &options.simulate {
-            Some(simulation) => simulation.precisions(&text, vision_config.as_ref(), &*weights)?,
+            Some(simulation) => simulation.precisions(&text, vision_config.as_ref(), &*weights, &place)?,
             None => Precisions::default(),
         };
         options.report("load", 2, STEPS);

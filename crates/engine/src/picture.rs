@@ -65,6 +65,14 @@ impl Picture {
         }
     }
 
+    /// The file that it is read from.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            Source::File(path) => Some(path),
+            Source::Bytes(_) | Source::DataUrl(_) | Source::Image(_) => None,
+        }
+    }
+
     /// Name for messages.
     pub(crate) fn name(&self) -> String {
         match &self.0 {

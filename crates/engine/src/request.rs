@@ -58,6 +58,18 @@ pub enum Part {
     },
 }
 
+impl Part {
+    /// The files that it names.
+    fn files(&self) -> Vec<&Path> {
+        match self {
+            Part::Text(_) => Vec::new(),
+            Part::Image(picture) => picture.path().into_iter().collect(),
+            Part::Audio(sound) => sound.path().into_iter().collect(),
+            Part::Video { frames, .. } => frames.iter().filter_map(Picture::path).collect(),
+        }
+    }
+}
+
 impl Message {
     /// A message of text.
     pub fn text(role: impl Into<String>, text: impl Into<String>) -> Message {
@@ -105,6 +117,21 @@ impl Request {
             (None, None) => {
                 Err(wrong("the top level", "an object with `messages`, `input_ids` or `audio`", &value))
             }
+        }
+    }
+
+    /// The files that it names: pictures, frames and sounds.
+    pub fn files(&self) -> Vec<&Path> {
+        match self {
+            Request::Messages(messages) => {
+                let parts = messages.iter().filter_map(|m| match &m.content {
+                    Content::Parts(parts) => Some(parts),
+                    Content::Text(_) => None,
+                });
+                parts.flatten().flat_map(Part::files).collect()
+            }
+            Request::InputIds(_) => Vec::new(),
+            Request::Audio(sound) => sound.path().into_iter().collect(),
         }
     }
 

@@ -1,7 +1,7 @@
 //! A sound of a request, from wherever it comes.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pocketglm_wav2vec::audio::{AudioLimits, Clip};
@@ -60,6 +60,14 @@ impl Sound {
         }
     }
 
+    /// The file that it is read from.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            Source::File(path) => Some(path),
+            Source::Bytes(_) | Source::Base64(_) | Source::Clip(_) => None,
+        }
+    }
+
     /// Name for messages.
     pub(crate) fn name(&self) -> String {
         match &self.0 {
@@ -83,7 +91,7 @@ impl Sound {
 }
 
 /// Opens a plain file. Folders, pipes and devices are refused before they are opened.
-pub(crate) fn open(path: &std::path::Path) -> Result<File> {
+pub(crate) fn open(path: &Path) -> Result<File> {
     let error = |source| Error::Read { path: path.to_owned(), source };
     if !std::fs::metadata(path).map_err(error)?.is_file() {
         return Err(error(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file")));
@@ -92,7 +100,7 @@ pub(crate) fn open(path: &std::path::Path) -> Result<File> {
 }
 
 /// Reads a WAV file as it goes, so that only its samples at 16 kHz are held.
-fn read(path: &std::path::Path, limits: &AudioLimits) -> Result<Clip> {
+fn read(path: &Path, limits: &AudioLimits) -> Result<Clip> {
     Clip::read_wav(open(path)?, limits)
         .map_err(|source| Error::Sound { sound: path.display().to_string(), source: Box::new(source) })
 }

@@ -237,7 +237,7 @@ fn a_changed_byte_of_a_pglm_is_told_and_nothing_is_made_of_it() {
     let folder = Folder::new();
     let (good, bad, made) =
         (folder.0.join("good.pglm"), folder.0.join("bad.pglm"), folder.0.join("made.pglm"));
-    quantiser("default", "int4", |_| ()).write_pglm(&good).unwrap();
+    quantiser("default", "Q8_0", |_| ()).write_pglm(&good).unwrap();
     let keep = |path: &Path| Quantiser::open(path, QuantiseOptions::new(Policy::load("keep").unwrap()));
     keep(&good).unwrap().write_pglm(&made).unwrap();
     std::fs::remove_file(&made).unwrap();

@@ -36,7 +36,7 @@ pub use pocketglm_engine::{
     Arithmetic, AudioLimits, AudioPrecision, Backend, Cancel, Chunking, Content, ContentFormat, Cost, DType,
     DeviceFault, DevicePoint, Engine, EngineOptions, Error, Fallback, FinishReason, GenerateOptions,
     Generation, KvFormat, Level, MemoryPlan, MemoryUse, Message, ModelInfo, OpPlace, OpProfile, OpRange,
-    Parameters, Part, Picture, Piece, Placement, Progress, ProgressFn, Prompt as PreparedPrompt, ReadMode,
-    Recogniser, RecogniserInfo, Request, Result, RunProfile, Sampling, Session, Sound, Stream, Tensor,
-    Timings, Trace, TranscribeOptions, Transcript, Word, quantise, to_device_pixels,
+    OutFile, Parameters, Part, Picture, Piece, Placement, Progress, ProgressFn, Prompt as PreparedPrompt,
+    ReadMode, Recogniser, RecogniserInfo, Request, Result, RunProfile, Sampling, Session, Sound, Stream,
+    Tensor, Timings, Trace, TranscribeOptions, Transcript, Word, quantise, to_device_pixels,
 };

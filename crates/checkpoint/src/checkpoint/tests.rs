@@ -275,7 +275,14 @@ fn golden_checkpoints_open_with_all_their_files() {
                 let tensor = checkpoint.tensor(&info.name).unwrap();
                 assert_eq!((tensor.shape(), tensor.bytes().len()), (&info.shape[..], info.bytes()));
             }
-            if checkpoint.files().len() > 1 { several += 1 } else { single += 1 }
+            let files = checkpoint.files();
+            for name in ["config.json", "tokenizer.json", "chat_template.jinja"] {
+                assert!(files.contains(&folder.join(name).as_path()), "{name} in {files:?}");
+            }
+            assert!(files.iter().all(|f| f.is_file()), "{files:?}");
+            let shards = files.iter().filter(|f| f.extension().is_some_and(|e| e == "safetensors")).count();
+            assert_eq!(files.contains(&folder.join(INDEX_FILE).as_path()), shards > 1);
+            if shards > 1 { several += 1 } else { single += 1 }
         }
     }
     assert!(single > 0 && several > 0, "{single} single and {several} sharded golden checkpoints");

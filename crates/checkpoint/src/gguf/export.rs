@@ -8,11 +8,13 @@ use pocketglm_tensor::{Bytes, DType, Tensor, TensorInfo, WeightSource};
 use serde_json::Value;
 
 use crate::error::shown;
+use crate::file::{check_target, one_name};
 use crate::gguf::glm::{
     BLOCK, Direction, LAYER, LAYER_SCOPE, PATCH_FRAME, PATCHES, PROJECTOR, TEXT, TEXT_ARCH, VISION,
     VISION_ARCH, VISION_SCOPE, permute_rows,
 };
 use crate::gguf::tokenizer::token_kind;
+use crate::gguf::write::check_layout;
 use crate::gguf::{GgmlType, GgufMeta, GgufWriter};
 use crate::{Error, Fields, Result};
 
@@ -94,6 +96,60 @@ struct Heads {
     mrope: bool,
 }
 
+/// One file that is to be written.
+struct Part {
+    path: PathBuf,
+    plan: Vec<Planned>,
+    metadata: Vec<(String, GgufMeta)>,
+}
+
+impl Part {
+    fn infos(&self) -> Vec<TensorInfo> {
+        self.plan.iter().map(|p| p.info.clone()).collect()
+    }
+}
+
+/// The text file and, if a path is given for it, the vision file.
+fn parts(model: &GgufExport<'_>, text: &Path, vision: Option<&Path>) -> Result<(Vec<Part>, Heads)> {
+    if let Some(vision) = vision.filter(|vision| one_name(text, vision)) {
+        let what = "the text file and the vision file must have two names".to_owned();
+        return Err(Error::Write { path: vision.to_owned(), what });
+    }
+    let fields = Fields::new("config.json", model.config)?;
+    let (mut metadata, heads) = text_keys(model, &fields)?;
+    metadata.extend(tokenizer_keys(model, &fields, text)?);
+    metadata.extend(model.extra.iter().cloned());
+    let plan = text_plan(model.source, &heads, text)?;
+    let mut parts = vec![Part { path: text.to_owned(), plan, metadata }];
+    if let Some(path) = vision {
+        let (plan, frames) = vision_plan(model.source, path)?;
+        let metadata = vision_keys(model, &fields, frames)?;
+        parts.push(Part { path: path.to_owned(), plan, metadata });
+    }
+    for part in &mut parts {
+        part.metadata.push(("general.file_type".to_owned(), file_type(&part.plan).into()));
+        part.metadata.push(("general.quantization_version".to_owned(), 2u32.into()));
+    }
+    Ok((parts, heads))
+}
+
+/// Whether [`export_gguf`] could write this model: everything that it would say before it writes a tensor.
+///
+/// # Errors
+/// As [`export_gguf`].
+pub fn check_gguf(
+    model: &GgufExport<'_>,
+    text: &Path,
+    vision: Option<&Path>,
+    inputs: &[&Path],
+) -> Result<()> {
+    for part in parts(model, text, vision)?.0 {
+        check_target(&part.path, inputs)?;
+        check_layout(&part.path, &part.metadata, &part.infos())?;
+    }
+    Ok(())
+}
+
 /// Writes the text file and, if a path is given for it, the vision file. `progress` hears of bytes done and in all.
 ///
 /// Vectors, and the tables that llama.cpp wants so, become F32; everything else keeps the source's format. For
@@ -101,7 +157,8 @@ struct Heads {
 ///
 /// # Errors
 /// [`Error::Field`] where the configuration lacks something, [`Error::Write`] where a tensor has no name or format in
-/// GGUF, [`Error::Weights`] where the source fails, [`Error::Json`] for the tokenizer, and those of [`GgufWriter`].
+/// GGUF or both files have one name, [`Error::Weights`] where the source fails, [`Error::Json`] for the tokenizer, and
+/// those of [`GgufWriter`].
 pub fn export_gguf(
     model: &GgufExport<'_>,
     text: &Path,
@@ -109,33 +166,23 @@ pub fn export_gguf(
     inputs: &[&Path],
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    let fields = Fields::new("config.json", model.config)?;
-    let (mut metadata, heads) = text_keys(model, &fields)?;
-    metadata.extend(tokenizer_keys(model, &fields, text)?);
-    metadata.extend(model.extra.iter().cloned());
-    let mut parts = vec![(text.to_owned(), text_plan(model.source, &heads, text)?, metadata)];
-    if let Some(path) = vision {
-        let (plan, frames) = vision_plan(model.source, path)?;
-        parts.push((path.to_owned(), plan, vision_keys(model, &fields, frames)?));
-    }
+    let (parts, heads) = parts(model, text, vision)?;
     let bytes = |p: &Planned| p.info.bytes() as u64;
-    let total: u64 = parts.iter().flat_map(|(_, plan, _)| plan.iter().map(bytes)).sum();
+    let total: u64 = parts.iter().flat_map(|part| part.plan.iter().map(bytes)).sum();
     let mut done = 0;
-    // All files are written before one gets its name, so that a failure leaves none.
     let mut writers = Vec::new();
-    for (path, plan, mut metadata) in parts {
-        metadata.push(("general.file_type".to_owned(), file_type(&plan).into()));
-        metadata.push(("general.quantization_version".to_owned(), 2u32.into()));
-        let infos: Vec<TensorInfo> = plan.iter().map(|p| p.info.clone()).collect();
-        let mut writer = GgufWriter::create(&path, &metadata, &infos, inputs)?;
-        for planned in &plan {
-            let tensor = planned.tensor(model.source, heads.rotary, &path)?;
+    for part in parts {
+        let mut writer = GgufWriter::create(&part.path, &part.metadata, &part.infos(), inputs)?;
+        for planned in &part.plan {
+            let tensor = planned.tensor(model.source, heads.rotary, &part.path)?;
             writer.write(&planned.info.name, tensor.bytes())?;
             done += bytes(planned);
             progress(done, total);
         }
         writers.push(writer);
     }
+    // All files are on the disk before one gets its name, so that a failure leaves none.
+    writers.iter_mut().try_for_each(GgufWriter::complete)?;
     writers.into_iter().try_for_each(GgufWriter::finish)
 }
 

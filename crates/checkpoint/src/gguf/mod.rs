@@ -10,7 +10,7 @@ mod read;
 mod tokenizer;
 mod write;
 
-pub use export::{Convert, Converted, GgufExport, export_gguf, to_plain};
+pub use export::{Convert, Converted, GgufExport, check_gguf, export_gguf, to_plain};
 pub(crate) use glm::{
     GlmGguf, PROJECTOR, TEXT_ARCH, VISION_ARCH, architecture, lacking_picture_token, projector,
 };
@@ -105,6 +105,12 @@ impl GgmlType {
     pub(crate) fn of_dtype(dtype: DType) -> Option<GgmlType> {
         TYPES.into_iter().find(|t| t.dtype == Some(dtype))
     }
+}
+
+/// The floats and block formats that a tensor in a GGUF file can have here.
+pub fn gguf_formats() -> impl Iterator<Item = DType> {
+    let known = TYPES.into_iter().filter_map(|t| t.dtype);
+    known.filter(|dtype| dtype.is_float() || dtype.is_quantised())
 }
 
 /// Type numbers of values in the key-value section.

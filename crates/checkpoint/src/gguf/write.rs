@@ -173,9 +173,17 @@ impl GgufWriter {
     /// Syncs the file and gives it its final name.
     ///
     /// # Errors
-    /// [`Error::Write`] where bytes of a tensor are missing: then nothing changes under the final name.
-    /// [`Error::Io`].
-    pub fn finish(self) -> Result<()> {
+    /// As [`GgufWriter::complete`]: then nothing changes under the final name.
+    pub fn finish(mut self) -> Result<()> {
+        self.complete()?;
+        self.file.commit()
+    }
+
+    /// Brings the whole file to the disk, under its temporary name: for several files of which all or none shall be there.
+    ///
+    /// # Errors
+    /// [`Error::Write`] where bytes of a tensor are missing; [`Error::Io`].
+    pub fn complete(&mut self) -> Result<()> {
         let short = self.places.iter().filter(|(_, p)| p.written != p.length);
         let count = short.clone().count();
         if let Some((name, place)) = short.min_by_key(|(_, p)| p.begin) {
@@ -185,10 +193,22 @@ impl GgufWriter {
                 place.length,
                 place.written
             );
-            return Err(Error::Write { path: self.path, what });
+            return Err(Error::Write { path: self.path.clone(), what });
         }
-        self.file.commit()
+        self.file.sync()
     }
+}
+
+/// Whether a file can have these keys and tensors, as [`GgufWriter::create`] would say.
+///
+/// # Errors
+/// [`Error::Write`].
+pub(crate) fn check_layout(
+    path: &Path,
+    metadata: &[(String, GgufMeta)],
+    tensors: &[TensorInfo],
+) -> Result<()> {
+    layout(metadata, tensors).map(drop).map_err(|what| Error::Write { path: path.to_owned(), what })
 }
 
 /// The header with its padding, every tensor's place in the file, and the file's length.

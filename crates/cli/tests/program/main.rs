@@ -4,7 +4,10 @@
 
 mod bench;
 mod commands;
+mod evaluation;
 mod golden;
+mod outputs;
+mod quantising;
 mod refusals;
 mod speech;
 

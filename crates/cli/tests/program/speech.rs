@@ -60,7 +60,7 @@ fn trace_of_a_sound_has_the_reference_s_names() {
     let out = folder.join("trace.safetensors").display().to_string();
     let request = format!("{{\"audio\": {file:?}}}");
     for (model, head) in [("hear/large", true), ("hear/bare", false)] {
-        ok(&["trace", "--model", &checkpoint(model), "--request", &request, "--out", &out]);
+        ok(&["trace", "--force", "--model", &checkpoint(model), "--request", &request, "--out", &out]);
         let bytes = std::fs::read(&out).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let shape = |name: &str| tensors.tensor(name).unwrap().shape().to_vec();
@@ -70,7 +70,8 @@ fn trace_of_a_sound_has_the_reference_s_names() {
         }
         assert_eq!(tensors.tensor("logits").is_ok(), head);
     }
-    let refused = run(&["trace", "--model", &checkpoint("bf16"), "--request", &request, "--out", &out]);
+    let refused =
+        run(&["trace", "--force", "--model", &checkpoint("bf16"), "--request", &request, "--out", &out]);
     assert!(refused.status != Some(0) && refused.stderr.contains("speech checkpoint"), "{}", refused.stderr);
 }
 

@@ -15,7 +15,7 @@ use super::{CalibrationTable, Samples};
 use crate::model::vision_encoder;
 use crate::prompt::Encodable;
 use crate::session::encode_with;
-use crate::{Cancel, Engine, EngineOptions, Error, Progress, Result};
+use crate::{Cancel, Engine, EngineOptions, Error, OutFile, Progress, Result};
 
 /// Tokens of one step: every linear layer's input of a step is in memory at once.
 const STEP: usize = 64;
@@ -110,18 +110,17 @@ impl Gathered {
 /// Runs a model on samples and writes a [`CalibrationTable`].
 ///
 /// # Errors
-/// As [`Engine::open`] and [`Engine::prompt`]; [`Error::Exists`], [`Error::Samples`], [`Error::Statistics`] for
-/// activations that are not finite, [`Error::Cancelled`].
+/// As [`Engine::open`] and [`Engine::prompt`]; as [`OutFile::check`] for the table's name, [`Error::Samples`],
+/// [`Error::Statistics`] for activations that are not finite, [`Error::Cancelled`].
 pub fn calibrate(
     model: impl AsRef<Path>,
     samples: &Samples,
     out: impl AsRef<Path>,
     options: &CalibrateOptions,
 ) -> Result<Calibrated> {
-    let out = out.as_ref();
-    if !options.overwrite && std::fs::symlink_metadata(out).is_ok() {
-        return Err(Error::Exists { path: out.to_owned() });
-    }
+    let target = OutFile::new(out.as_ref(), options.overwrite).keeping(samples.files());
+    let target = target.keeping_model(&model, &options.engine)?;
+    target.check()?;
     let engine = Engine::open(model, options.engine.clone())?;
     let requests = samples.requests(&engine, options.window)?;
     let mut gathered = Gathered {
@@ -160,6 +159,8 @@ pub fn calibrate(
     // What no sample reached has no range; its absence says so.
     gathered.inputs.retain(|i| i.stats.rows > 0);
     let inputs = &gathered.inputs;
+    target.check()?;
+    let out = target.path();
     write(out, &fingerprint(&engine.inner.model)?, samples.hash(), tokens, pictures, inputs)?;
     // Read back, so that a table that cannot be used is noticed here.
     CalibrationTable::open(out)?.check(&engine.inner.model)?;

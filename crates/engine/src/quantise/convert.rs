@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use pocketglm_checkpoint::{GgufExport, PglmContents, PglmWriter, export_gguf, first_non_finite};
+use pocketglm_checkpoint::{PglmContents, PglmWriter, first_non_finite};
 use pocketglm_graph::passes::NormedLinears;
 use pocketglm_quant::awq::{AwqLinear, AwqOptions, Moments, awq};
 use pocketglm_quant::gptq::{Feedback, GptqOptions};
@@ -18,7 +18,7 @@ use super::policy::{Method, Policy};
 use super::subject::Opened;
 use super::table::CalibrationTable;
 use super::verify::verify;
-use crate::{Cancel, EngineOptions, Error, Progress, ProgressFn, Result};
+use crate::{Cancel, EngineOptions, Error, OutFile, Progress, ProgressFn, Result};
 
 /// Appends what a row of values becomes.
 type Make<'a, T> = dyn Fn(&[f32], &mut Vec<T>) -> pocketglm_quant::Result<()> + Sync + 'a;
@@ -49,6 +49,8 @@ pub struct QuantiseOptions {
     pub force_requantise: bool,
     /// Whether a file that stands under the target's name is replaced.
     pub overwrite: bool,
+    /// Files that are never replaced, besides those of the model and the calibration table: that of the policy.
+    pub inputs: Vec<PathBuf>,
     /// Threads; 0 takes as many as the system offers.
     pub threads: usize,
     /// Hears of bytes read, as the step "quantise".
@@ -68,6 +70,7 @@ impl QuantiseOptions {
             static_inputs: false,
             force_requantise: false,
             overwrite: false,
+            inputs: Vec::new(),
             threads: 0,
             progress: None,
             cancel: Cancel::default(),
@@ -77,10 +80,10 @@ impl QuantiseOptions {
 
 /// A model about to be quantised. As a [`WeightSource`] it gives the tensors of the result.
 pub struct Quantiser {
-    opened: Opened,
-    path: PathBuf,
+    pub(super) opened: Opened,
+    pub(super) path: PathBuf,
     cpu: Cpu,
-    options: QuantiseOptions,
+    pub(super) options: QuantiseOptions,
     table: Option<CalibrationTable>,
     plan: QuantPlan,
     by_name: HashMap<String, usize>,
@@ -118,9 +121,18 @@ impl Quantiser {
             }
             (None, _) => {}
         }
-        let Planned { plan, folds } =
-            plan(subject, &options.policy, table.as_ref(), options.force_requantise)?;
-        let needed = |method, tensor: &str| Error::NoCalibration { method, tensor: tensor.to_owned() };
+        let needed = |method: &'static str, tensor: &str| match subject.model() {
+            Some(_) => Error::NoCalibration { method, tensor: tensor.to_owned() },
+            None => Error::Policy {
+                policy: options.policy.name.clone(),
+                what: format!("{method} needs a calibration table, which a speech checkpoint cannot have"),
+            },
+        };
+        let planned = plan(subject, &options.policy, table.as_ref(), options.force_requantise);
+        let Planned { plan, folds } = planned.map_err(|error| match error {
+            Error::NoCalibration { method, tensor } => needed(method, &tensor),
+            other => other,
+        })?;
         let first = plan.tensors.first().map_or("", |t| t.name.as_str());
         if options.static_inputs && table.is_none() {
             return Err(needed("--static-inputs", first));
@@ -136,7 +148,8 @@ impl Quantiser {
         let quantised =
             plan.tensors.iter().find(|t| kv.contains_key(&t.name) && t.from.is_quantised() && t.from == t.to);
         if let Some(t) = quantised.filter(|_| !options.force_requantise) {
-            return Err(Error::AlreadyQuantised { tensor: t.name.clone(), found: t.from, wanted: t.to });
+            let (place, tensor) = (subject.place(&t.name), t.name.clone());
+            return Err(Error::AlreadyQuantised { place, tensor, found: t.from, wanted: t.to });
         }
         let by_name = plan.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let folds = folds.into_iter().map(|linears| Fold { linears, scales: OnceLock::new() }).collect();
@@ -153,13 +166,21 @@ impl Quantiser {
         &self.plan
     }
 
+    /// Refuses a name under which [`Quantiser::write_pglm`] would not write.
+    ///
+    /// # Errors
+    /// As [`OutFile::check`].
+    pub fn check_pglm(&self, out: impl AsRef<Path>) -> Result<()> {
+        self.target(out.as_ref()).check()
+    }
+
     /// Writes the quantised model, with everything that belongs to it, as one `.pglm` file.
     ///
     /// Until it is complete it has another name (see [`PglmWriter`]), so that nothing but a whole model ever stands
     /// under `out`.
     ///
     /// # Errors
-    /// [`Error::Exists`], [`Error::Quantise`] for values that a format cannot hold, [`Error::Cancelled`], and those of
+    /// As [`OutFile::check`] for its name; [`Error::Quantise`] for values that a format cannot hold, [`Error::Cancelled`], and those of
     /// [`PglmWriter`].
     pub fn write_pglm(&self, out: impl AsRef<Path>) -> Result<()> {
         let out = out.as_ref();
@@ -178,11 +199,12 @@ impl Quantiser {
             input_ranges: self.input_ranges()?,
             extra: BTreeMap::new(),
         };
+        self.check_pglm(out)?;
         self.verify()?;
-        // The writer refuses to replace its input, which is the better message where that stands under the name.
         let mut writer = PglmWriter::create(out, &contents, &checkpoint.files())?;
         drop(contents);
-        self.refuse_existing(out)?;
+        // Another process may have finished meanwhile.
+        self.check_pglm(out)?;
         self.report(0);
         // These choices run on all threads, which they cannot do beside other rows.
         for fold in &self.folds {
@@ -205,54 +227,6 @@ impl Quantiser {
             })?;
         }
         Ok(writer.finish()?)
-    }
-
-    /// Writes the quantised model as GGUF: a text file and, for a model with a vision encoder, its vision file.
-    ///
-    /// # Errors
-    /// As [`Quantiser::write_pglm`], and where a format is none of GGUF's.
-    pub fn write_gguf(&self, text: impl AsRef<Path>, vision: Option<&Path>) -> Result<()> {
-        let checkpoint = self.opened.subject().checkpoint();
-        let text = text.as_ref();
-        let Some(model) = self.opened.subject().model() else {
-            let what = "a speech checkpoint has no form in GGUF; write a .pglm file".to_owned();
-            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
-        };
-        if !self.opened.subject().others().is_empty() {
-            let what = "an audio branch has no form in GGUF; write a .pglm file".to_owned();
-            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
-        }
-        if self.options.static_inputs {
-            let what = "fixed input ranges have no place in a GGUF file; write a .pglm file".to_owned();
-            return Err(Error::Policy { policy: self.plan.policy.clone(), what });
-        }
-        self.refuse_existing(text)?;
-        vision.map(|v| self.refuse_existing(v)).transpose()?;
-        self.verify()?;
-        let config = checkpoint.required_json("config.json")?;
-        let lacking = || pocketglm_checkpoint::Error::NoFile {
-            wanted: "tokenizer.json".into(),
-            folder: self.path.clone(),
-        };
-        let tokenizer = checkpoint.bytes("tokenizer.json")?.ok_or_else(lacking)?;
-        let template = crate::model::template_source(checkpoint)?;
-        let preprocessor = checkpoint.json("preprocessor_config.json")?;
-        let name = self.path.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let export = GgufExport {
-            source: self,
-            config: &config,
-            tokenizer: tokenizer.as_slice(),
-            chat_template: template.as_deref(),
-            preprocessor: preprocessor.as_ref(),
-            name: &name,
-            extra: Vec::new(),
-        };
-        let mut progress = |done: u64, total: u64| {
-            let part = done as f64 / total.max(1) as f64;
-            self.report((part * self.plan.bytes_before() as f64) as u64);
-        };
-        let files = checkpoint.files();
-        Ok(export_gguf(&export, text, vision.filter(|_| model.vision.is_some()), &files, &mut progress)?)
     }
 
     /// The fixed range of the input of each quantised matrix; none where inputs are not fixed.
@@ -285,11 +259,11 @@ impl Quantiser {
         fold.map(|fold| self.scales(fold)).transpose()
     }
 
-    fn refuse_existing(&self, out: &Path) -> Result<()> {
-        if !self.options.overwrite && std::fs::symlink_metadata(out).is_ok() {
-            return Err(Error::Exists { path: out.to_owned() });
-        }
-        Ok(())
+    /// A file that is to be written, guarding all that is read.
+    pub(super) fn target(&self, out: &Path) -> OutFile {
+        let files = self.opened.subject().checkpoint().files();
+        let table = self.table.as_ref().map(CalibrationTable::path);
+        OutFile::new(out, self.options.overwrite).keeping(files).keeping(table).keeping(&self.options.inputs)
     }
 
     /// The number of a tensor in the plan.
@@ -330,6 +304,19 @@ impl Quantiser {
         }
     }
 
+    /// All bytes of a tensor of the plan; none where there is no such tensor.
+    pub(super) fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let mut all = Vec::new();
+        if let Some((i, t)) = self.index(name).and_then(|i| Some((i, self.plan.tensors.get(i)?))) {
+            all.reserve_exact(t.bytes as usize);
+            self.pieces(i, &mut |bytes, _| {
+                all.extend_from_slice(bytes);
+                Ok(())
+            })?;
+        }
+        Ok(all)
+    }
+
     /// Opens a tensor and finds out what has to be done with it.
     pub(super) fn prepare<'a>(&'a self, t: &'a TensorPlan) -> Result<Prepared<'a>> {
         let tensor = self.opened.subject().weights().tensor(&t.name)?;
@@ -346,7 +333,7 @@ impl Quantiser {
             let scaled: Vec<f32> = tensor.to_f32()?.iter().zip(scales.iter()).map(|(v, s)| v * s).collect();
             let mut bytes = Vec::new();
             quantise_row(t.to, &scaled, &RowOptions::default(), &mut bytes)
-                .map_err(|source| Error::Quantise { tensor: t.name.clone(), row: 0, source })?;
+                .map_err(|source| self.failed(&t.name, 0, source))?;
             return Ok(Prepared::Bytes(bytes));
         }
         if t.from == t.to && !self.kv.contains_key(&t.name) {
@@ -368,8 +355,13 @@ impl Quantiser {
     }
 
     /// Reads what has hashes: what is made of damaged bytes would get a hash that is right.
-    fn verify(&self) -> Result<()> {
+    pub(super) fn verify(&self) -> Result<()> {
         verify(self.opened.subject().checkpoint(), self.options.progress.as_ref(), &self.options.cancel)
+    }
+
+    pub(super) fn failed(&self, tensor: &str, row: usize, source: pocketglm_quant::Error) -> Error {
+        let place = self.opened.subject().place(tensor);
+        Error::Quantise { place, tensor: tensor.to_owned(), row, source: Box::new(source) }
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {
@@ -394,7 +386,8 @@ impl Quantiser {
                 .get(name)
                 .and_then(|&i| self.plan.tensors.get(i))
                 .map_or(tensor.dtype(), |t| t.to);
-            samples.push((dtype, sample_rows(&tensor, name)?));
+            let failed = |row, source| self.failed(name, row, source);
+            samples.push((dtype, sample_rows(&tensor, &failed)?));
         }
         let (mean_abs, squares) = (table.mean_abs(first, k)?, table.mean_squares(first, k)?);
         let (mean_abs, squares) = mean_abs.zip(squares).ok_or_else(none)?;
@@ -435,9 +428,8 @@ impl Quantiser {
 }
 
 /// At most [`AWQ_ROWS`] rows, evenly spread.
-fn sample_rows(tensor: &Tensor, name: &str) -> Result<Vec<f32>> {
+fn sample_rows(tensor: &Tensor, failed: &dyn Fn(usize, pocketglm_quant::Error) -> Error) -> Result<Vec<f32>> {
     let k = tensor.shape().last().copied().unwrap_or(0);
-    let failed = |row| move |source| Error::Quantise { tensor: name.to_owned(), row, source };
     let stored = tensor.dtype().row_bytes(k).unwrap_or(0).max(1);
     let n = tensor.bytes().len() / stored;
     let count = n.min(AWQ_ROWS);
@@ -445,7 +437,7 @@ fn sample_rows(tensor: &Tensor, name: &str) -> Result<Vec<f32>> {
     for (i, out) in rows.chunks_exact_mut(k.max(1)).enumerate() {
         let row = i * n / count.max(1);
         let bytes = tensor.bytes().get(row * stored..(row + 1) * stored).unwrap_or_default();
-        dequantise_row(tensor.dtype(), bytes, out).map_err(failed(row))?;
+        dequantise_row(tensor.dtype(), bytes, out).map_err(|e| failed(row, e))?;
     }
     Ok(rows)
 }
@@ -461,7 +453,7 @@ pub(super) enum Prepared<'a> {
 
 /// The rows of one matrix on their way from one format to another.
 pub(super) struct Rows<'a> {
-    cpu: &'a Cpu,
+    of: &'a Quantiser,
     plan: &'a TensorPlan,
     pub k: usize,
     /// Bytes of a row as it is read.
@@ -497,7 +489,7 @@ impl<'a> Rows<'a> {
             _ => None,
         };
         let batch = (BATCH_VALUES / k).max(1);
-        Ok(Rows { cpu: &of.cpu, plan, k, stored, batch, scales, row_scales, importance, feedback })
+        Ok(Rows { of, plan, k, stored, batch, scales, row_scales, importance, feedback })
     }
 
     /// The new bytes of some rows, in parts; `first` is the first one's number.
@@ -510,7 +502,7 @@ impl<'a> Rows<'a> {
             out.extend_from_slice(values);
             Ok(())
         })?;
-        let made = feedback.quantise(self.cpu, &values.concat(), self.plan.to).map_err(|source| {
+        let made = feedback.quantise(&self.of.cpu, &values.concat(), self.plan.to).map_err(|source| {
             let row = match &source {
                 pocketglm_quant::Error::NotFinite { index, .. }
                 | pocketglm_quant::Error::Range { index, .. } => first + index / self.k,
@@ -542,17 +534,17 @@ impl<'a> Rows<'a> {
     }
 
     pub fn failed(&self, row: usize, source: pocketglm_quant::Error) -> Error {
-        Error::Quantise { tensor: self.plan.name.clone(), row, source }
+        self.of.failed(&self.plan.name, row, source)
     }
 
     /// Calls `make` with the values of each row on all threads; what it appends comes back in the order of the rows.
     fn each<T: Send>(&self, first: usize, bytes: &[u8], make: &Make<'_, T>) -> Result<Vec<Vec<T>>> {
-        let per_task = (bytes.len() / self.stored).div_ceil(self.cpu.threads() * 4).max(1);
+        let per_task = (bytes.len() / self.stored).div_ceil(self.of.cpu.threads() * 4).max(1);
         type Share<'a, T> = (&'a [u8], Mutex<Vec<T>>);
         let parts: Vec<Share<'_, T>> =
             bytes.chunks(per_task * self.stored).map(|part| (part, Mutex::new(Vec::new()))).collect();
         let failure: Mutex<Option<(usize, pocketglm_quant::Error)>> = Mutex::new(None);
-        self.cpu.parallel(parts.len(), &|task| {
+        self.of.cpu.parallel(parts.len(), &|task| {
             let Some((part, out)) = parts.get(task) else { return };
             let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
             let mut values = vec![0.0; self.k];
@@ -593,13 +585,8 @@ impl WeightSource for Quantiser {
             name: name.to_owned(),
             place: self.path.display().to_string(),
         };
-        let (Some(&i), Some(info)) = (self.by_name.get(name), self.info(name)) else { return Err(missing()) };
-        let mut all = Vec::with_capacity(info.bytes());
-        self.pieces(i, &mut |bytes, _| {
-            all.extend_from_slice(bytes);
-            Ok(())
-        })
-        .map_err(|e| pocketglm_tensor::Error::Source {
+        let info = self.info(name).ok_or_else(missing)?;
+        let all = self.bytes(name).map_err(|e| pocketglm_tensor::Error::Source {
             name: name.to_owned(),
             place: self.path.display().to_string(),
             what: e.to_string(),

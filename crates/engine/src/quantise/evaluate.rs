@@ -7,6 +7,7 @@ use pocketglm_tensor::{KvFormat, WeightSource};
 
 use super::forward::Forward;
 use super::plan::plan;
+use super::samples::begin;
 use super::subject::Subject;
 use super::verify::verify;
 use super::{Samples, Simulation};
@@ -64,7 +65,8 @@ pub struct Evaluation {
     pub bytes: u64,
     /// Stored bits of a value.
     pub bits_per_weight: f64,
-    /// Tokens that were predicted by both: every one but the first of a prompt and those of pictures.
+    /// Tokens that were predicted by both: every one but those that all prompts begin with, or the first of a prompt without
+    /// them, and those of pictures.
     pub positions: u64,
     /// Perplexity on the samples.
     pub perplexity: f64,
@@ -110,7 +112,7 @@ impl PictureSums {
     const NONE: PictureSums =
         PictureSums { pictures: 0, rows: 0, difference: 0.0, reference: 0.0, cosines: 0.0, least: 1.0 };
 
-    /// Rows of `width`, as many in both.
+    /// Rows of `width`, as many in both; values are finite.
     fn add(&mut self, width: usize, wanted: &[f32], found: &[f32]) {
         self.pictures += 1;
         for (wanted, found) in wanted.chunks_exact(width.max(1)).zip(found.chunks_exact(width.max(1))) {
@@ -144,7 +146,7 @@ impl PictureSums {
 }
 
 /// What is known of one position.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Position {
     kl: f64,
     /// The negative logarithms of the probabilities of the token that comes next.
@@ -153,12 +155,43 @@ struct Position {
     same: bool,
 }
 
+/// A model in a comparison.
+#[derive(Clone, Copy)]
+struct Side<'a> {
+    role: &'static str,
+    path: &'a Path,
+    engine: &'a Engine,
+}
+
+impl Side<'_> {
+    /// The error for a value that is not finite: names the weight that is to blame, where there is one.
+    fn not_finite(&self, place: &str, value: f32) -> Error {
+        let because = match self.engine.non_finite_weight() {
+            Some((tensor, index, value)) => {
+                format!("because tensor `{tensor}` has {value} at element {index}")
+            }
+            None => "although every weight is finite".to_owned(),
+        };
+        let what = format!("{place} is {value} {because}");
+        Error::NotFinite { role: self.role, model: self.path.to_owned(), what }
+    }
+}
+
+/// A logit that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Broken {
+    /// Whether it is the reference's.
+    reference: bool,
+    token: usize,
+    value: f32,
+}
+
 /// Compares each of `models`, and each simulated policy, with `reference` on the same samples. Two models are in memory
 /// at a time. The `path` of a simulated one is the policy's name.
 ///
 /// # Errors
-/// As [`Engine::open`] and [`Engine::prompt`]; [`Error::Compare`] where the models' tokens differ, [`Error::Samples`],
-/// [`Error::Cancelled`].
+/// As [`Engine::open`] and [`Engine::prompt`]; [`Error::Compare`] where the models' tokens differ, [`Error::NotFinite`]
+/// where one of the two computes NaN or an infinity, [`Error::Samples`], [`Error::Cancelled`].
 pub fn evaluate(
     models: &[PathBuf],
     reference: impl AsRef<Path>,
@@ -171,7 +204,9 @@ pub fn evaluate(
     let mut of = Reference { path: path.to_owned(), bytes, bits_per_weight, perplexity: f64::NAN };
     let mut all = Vec::new();
     let mut judge = |path: &Path, other: &Engine, (bytes, bits_per_weight): (u64, f64)| -> Result<()> {
-        let (positions, pictures) = compare((&of.path, &engine), (path, other), samples, options)?;
+        let theirs = Side { role: "reference", path: &of.path, engine: &engine };
+        let ours = Side { role: "candidate", path, engine: other };
+        let (positions, pictures) = compare(theirs, ours, samples, options)?;
         let count = positions.len().max(1) as f64;
         let mean = |f: fn(&Position) -> f64| positions.iter().map(f).sum::<f64>() / count;
         of.perplexity = mean(|p| p.reference_surprise).exp();
@@ -199,12 +234,14 @@ pub fn evaluate(
     }
     for simulation in &options.simulate {
         let policy = &simulation.policy;
-        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false)?.plan;
         let simulate = Some(simulation.clone());
         let simulated = EngineOptions { simulate, kv: options.kv, ..options.engine.clone() };
+        // Says first what cannot be simulated; a plan would ask for what a file needs.
+        let simulated = Engine::open(path, simulated)?;
+        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false)?.plan;
         let fixed = if simulation.static_inputs.is_some() { ", fixed inputs" } else { "" };
         let name = PathBuf::from(format!("policy {}{fixed}", policy.name));
-        judge(&name, &Engine::open(path, simulated)?, (planned.bytes(), planned.bits_per_weight()))?;
+        judge(&name, &simulated, (planned.bytes(), planned.bits_per_weight()))?;
     }
     Ok((of, all))
 }
@@ -218,18 +255,21 @@ fn size(engine: &Engine) -> (u64, f64) {
 }
 
 fn compare(
-    reference: (&Path, &Engine),
-    model: (&Path, &Engine),
+    reference: Side<'_>,
+    model: Side<'_>,
     samples: &Samples,
     options: &EvalOptions,
 ) -> Result<(Vec<Position>, Option<PictureDifference>)> {
-    let different =
-        |what: String| Error::Compare { model: model.0.to_owned(), reference: reference.0.to_owned(), what };
-    let sizes = [reference, model].map(|(_, e)| e.inner.model.text.vocab_size);
+    let different = |what: String| Error::Compare {
+        model: model.path.to_owned(),
+        reference: reference.path.to_owned(),
+        what,
+    };
+    let sizes = [reference, model].map(|side| side.engine.inner.model.text.vocab_size);
     if sizes[0] != sizes[1] {
         return Err(different(format!("it has {} tokens, the other {}", sizes[1], sizes[0])));
     }
-    let requests = [reference, model].map(|(_, e)| samples.requests(e, options.window));
+    let requests = [reference, model].map(|side| samples.requests(side.engine, options.window));
     let [theirs, ours] = requests;
     let (theirs, ours) = (theirs?, ours?);
     let (mut positions, mut pictures) = (Vec::new(), PictureSums::NONE);
@@ -237,16 +277,23 @@ fn compare(
         if let Some(progress) = &options.engine.progress {
             progress(Progress { step: "compare", done: i, total: theirs.len() });
         }
-        let (a, b) = (reference.1.prompt(a)?, model.1.prompt(b)?);
+        let (a, b) = (reference.engine.prompt(a)?, model.engine.prompt(b)?);
         if a.ids != b.ids {
             return Err(different(format!("sample {} becomes other tokens", i + 1)));
         }
         let mut steps = (
-            Forward::new(reference.1, &*reference.1.inner.decoder, &a, STEP)?,
-            Forward::new(model.1, &*model.1.inner.decoder, &b, STEP)?,
+            Forward::new(reference.engine, &*reference.engine.inner.decoder, &a, STEP)?,
+            Forward::new(model.engine, &*model.engine.inner.decoder, &b, STEP)?,
         );
-        let width = reference.1.inner.model.text.hidden_size;
-        for (wanted, found) in steps.0.pictures().iter().zip(steps.1.pictures()) {
+        let width = reference.engine.inner.model.text.hidden_size;
+        for (n, (wanted, found)) in steps.0.pictures().iter().zip(steps.1.pictures()).enumerate() {
+            for (side, rows) in [(reference, wanted), (model, found)] {
+                if let Some(at) = rows.iter().position(|v| !v.is_finite()) {
+                    let (row, value) = (at / width.max(1), rows.get(at).copied().unwrap_or(f32::NAN));
+                    let place = format!("row {row} of picture {} of sample {}, encoded,", n + 1, i + 1);
+                    return Err(side.not_finite(&place, value));
+                }
+            }
             pictures.add(width, wanted, found);
         }
         while let (Some((range, mut wanted)), Some((_, mut found))) = (steps.0.next()?, steps.1.next()?) {
@@ -254,14 +301,15 @@ fn compare(
                 return Err(Error::Cancelled);
             }
             let (wanted, found) = (wanted.take("logits")?.values, found.take("logits")?.values);
-            positions.extend(predictions(reference.1, &a, range.start, &wanted, &found));
+            let step = predictions(reference.engine, &a, range.start, &wanted, &found);
+            positions.extend(step.map_err(|Broken { reference: theirs, token, value }| {
+                let place = format!("the logit of token {token} in sample {}", i + 1);
+                if theirs { reference } else { model }.not_finite(&place, value)
+            })?);
         }
     }
     if let Some(progress) = &options.engine.progress {
         progress(Progress { step: "compare", done: theirs.len(), total: theirs.len() });
-    }
-    if let Some(at) = positions.iter().position(|p| !(p.kl.is_finite() && p.surprise.is_finite())) {
-        return Err(different(format!("a prediction is not finite, at position {at}")));
     }
     if positions.is_empty() {
         return Err(Error::Samples {
@@ -272,24 +320,26 @@ fn compare(
     Ok((positions, pictures.result()))
 }
 
-/// The positions of one step whose next token is one of text; logits are `[tokens, vocabulary]` from `first` on.
+/// The positions of one step whose next token is one of text, and none that every prompt begins with; logits are `[tokens, vocabulary]` from `first` on.
 fn predictions(
     engine: &Engine,
     prompt: &Prompt,
     first: usize,
     wanted: &[f32],
     found: &[f32],
-) -> Vec<Position> {
+) -> Result<Vec<Position>, Broken> {
     let vocabulary = engine.inner.model.text.vocab_size.max(1);
-    type Row<'a> = (u32, &'a [f32], &'a [f32], Mutex<Position>);
+    let fixed = begin(engine, &prompt.ids);
+    type Row<'a> = (u32, &'a [f32], &'a [f32], Mutex<Result<Position, Broken>>);
     let rows: Vec<Row<'_>> = wanted
         .chunks_exact(vocabulary)
         .zip(found.chunks_exact(vocabulary))
         .enumerate()
         .filter_map(|(i, (wanted, found))| {
             let next = first + i + 1;
-            let text = prompt.visual.get(next).is_some_and(Option::is_none);
-            text.then(|| Some((*prompt.ids.get(next)?, wanted, found, Mutex::default())))?
+            let text = next >= fixed && prompt.visual.get(next).is_some_and(Option::is_none);
+            let out = Mutex::new(Ok(Position::default()));
+            text.then(|| Some((*prompt.ids.get(next)?, wanted, found, out)))?
         })
         .collect();
     engine.inner.cpu.parallel(rows.len(), &|i| {
@@ -300,7 +350,13 @@ fn predictions(
     rows.into_iter().map(|row| row.3.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
 }
 
-fn position(next: u32, wanted: &[f32], found: &[f32]) -> Position {
+/// Compares two predictions of token `next`, which is one of the vocabulary.
+fn position(next: u32, wanted: &[f32], found: &[f32]) -> Result<Position, Broken> {
+    for (reference, logits) in [(true, wanted), (false, found)] {
+        if let Some((token, &value)) = logits.iter().enumerate().find(|(_, l)| !l.is_finite()) {
+            return Err(Broken { reference, token, value });
+        }
+    }
     let log_sum = |logits: &[f32]| {
         let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&l| f64::from(l - most).exp()).sum();
@@ -318,13 +374,13 @@ fn position(next: u32, wanted: &[f32], found: &[f32]) -> Position {
         let better = |best: (usize, f32), (i, &l): (usize, &f32)| if l > best.1 { (i, l) } else { best };
         logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
     };
-    Position {
+    Ok(Position {
         // Rounding may leave it a little below its least value.
         kl: kl.max(0.0),
         surprise: surprise(found, b),
         reference_surprise: surprise(wanted, a),
         same: top(wanted) == top(found),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -346,6 +402,7 @@ mod tests {
         // Probabilities 1/2, 1/4, 1/4 and 1/4, 1/2, 1/4, with an offset that must not matter.
         let ln = |p: [f64; 3], offset: f64| p.map(|p| (p.ln() + offset) as f32);
         let (a, b) = (ln([0.5, 0.25, 0.25], 3.0), ln([0.25, 0.5, 0.25], -40.0));
+        let position = |next, a, b| super::position(next, a, b).unwrap();
         let p = position(1, &a, &b);
         assert!((p.kl - 0.25 * 2.0f64.ln()).abs() < 1e-5, "{}", p.kl);
         assert!((p.surprise - 2.0f64.ln()).abs() < 1e-5);
@@ -353,5 +410,19 @@ mod tests {
         assert!(!p.same && position(1, &a, &a).same);
         assert!(position(1, &a, &a).kl < 1e-12);
         assert!(position(7, &a, &b).surprise.is_nan());
+    }
+
+    #[test]
+    fn a_logit_that_is_no_number_is_nobodys_agreement() {
+        let good = [1.0, 2.0, 3.0];
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let bad = [1.0, value, 3.0];
+            for (wanted, found, reference) in [(bad, good, true), (good, bad, false), (bad, bad, true)] {
+                let broken = position(0, &wanted, &found).unwrap_err();
+                assert_eq!((broken.reference, broken.token), (reference, 1));
+                assert!(broken.value.to_bits() == value.to_bits());
+            }
+        }
+        assert!(position(0, &good, &good).is_ok());
     }
 }

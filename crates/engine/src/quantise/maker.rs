@@ -134,7 +134,6 @@ impl RowMaker for Maker<'_> {
         self.of.check_cancelled()?;
         let (plan, prepared) = self.prepared(tensor)?;
         let (k, _) = sizes(plan);
-        let failed = |row, source| Error::Quantise { tensor: plan.name.clone(), row, source };
         match &*prepared {
             Prepared::Rows(rows, tensor) => {
                 let options = rows.options();
@@ -149,7 +148,7 @@ impl RowMaker for Maker<'_> {
                 self.of.check_copied(&plan.name, first, &rows)?;
                 for (row, codes) in (first..).zip(out) {
                     take_apart(plan.to, stored(tensor, row_bytes, row), k, codes)
-                        .map_err(|e| failed(row, e))?;
+                        .map_err(|e| self.of.failed(&plan.name, row, e))?;
                 }
                 Ok(())
             }

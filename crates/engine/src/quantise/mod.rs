@@ -10,6 +10,7 @@ mod calibrate;
 mod convert;
 mod evaluate;
 mod forward;
+mod gguf;
 mod kv_scales;
 mod maker;
 mod plan;

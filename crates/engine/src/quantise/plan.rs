@@ -124,6 +124,7 @@ pub(super) fn plan(
         let Some(Assignment { dtype, .. }) = made.get(&info.name) else { continue };
         if info.dtype.is_quantised() && *dtype != info.dtype && !force_requantise {
             return Err(Error::AlreadyQuantised {
+                place: subject.place(&info.name),
                 tensor: info.name.clone(),
                 found: info.dtype,
                 wanted: *dtype,

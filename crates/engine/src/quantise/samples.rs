@@ -65,6 +65,15 @@ impl Samples {
         &self.path
     }
 
+    /// The file, and those that its samples name: pictures and sounds.
+    pub fn files(&self) -> Vec<&Path> {
+        let named = self.items.iter().flat_map(|item| match item {
+            Sample::Text(_) => Vec::new(),
+            Sample::Request(request) => request.files(),
+        });
+        std::iter::once(self.path()).chain(named).collect()
+    }
+
     /// SHA-256 of the file, in digits. Pictures that it names are not part of it.
     pub fn hash(&self) -> &str {
         &self.hash
@@ -81,9 +90,7 @@ impl Samples {
     /// # Errors
     /// [`Error::Samples`] where no window has two tokens, and what tokenizing reports.
     pub(super) fn requests(&self, engine: &Engine, window: usize) -> Result<Vec<Request>> {
-        let tokenizer = &engine.inner.model.tokenizer;
-        let begin: Option<Vec<u32>> = BEGIN.iter().map(|t| tokenizer.token_id(t)).collect();
-        let begin = begin.unwrap_or_default();
+        let begin = fixed(engine);
         let window = window.max(2);
         let mut requests = Vec::new();
         for item in &self.items {
@@ -103,6 +110,19 @@ impl Samples {
         }
         Ok(requests)
     }
+}
+
+/// The tokens that prompts of the family begin with; none where the tokenizer lacks one of them.
+fn fixed(engine: &Engine) -> Vec<u32> {
+    let tokenizer = &engine.inner.model.tokenizer;
+    let all: Option<Vec<u32>> = BEGIN.iter().map(|t| tokenizer.token_id(t)).collect();
+    all.unwrap_or_default()
+}
+
+/// How many tokens of a prompt are those that every prompt begins with: predicting them says nothing of its text.
+pub(super) fn begin(engine: &Engine, ids: &[u32]) -> usize {
+    let fixed = fixed(engine);
+    if ids.starts_with(&fixed) { fixed.len() } else { 0 }
 }
 
 fn sample(json: &str) -> Result<Sample> {

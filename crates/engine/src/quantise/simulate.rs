@@ -27,12 +27,13 @@ pub struct Simulation {
 }
 
 impl Simulation {
-    /// What becomes of each matrix of a model.
+    /// What becomes of each matrix of a model; `place` is the file of a tensor.
     pub(crate) fn precisions(
         &self,
         text: &TextConfig,
         vision: Option<&VisionConfig>,
         weights: &dyn WeightSource,
+        place: &dyn Fn(&str) -> String,
     ) -> Result<Precisions> {
         let wrong = |what: String| Error::Policy { policy: self.policy.name.clone(), what };
         let table = self.static_inputs.as_ref().map(CalibrationTable::open).transpose()?;
@@ -53,7 +54,8 @@ impl Simulation {
         for (info, made) in matrices.into_iter().zip(made).filter(|(info, made)| info.dtype != made.dtype) {
             if info.dtype.is_quantised() {
                 let (found, wanted) = (info.dtype, made.dtype);
-                return Err(Error::AlreadyQuantised { tensor: info.name, found, wanted });
+                let place = place(&info.name);
+                return Err(Error::AlreadyQuantised { place, tensor: info.name, found, wanted });
             }
             let method = match made.method {
                 None | Some(Method::Round) => pocketglm_quant::Method::Round,

@@ -75,6 +75,16 @@ impl<'a> Subject<'a> {
         }
     }
 
+    /// The file of a tensor, for messages.
+    pub fn place(self, tensor: &str) -> String {
+        let named = match self {
+            Subject::Model(model) => &*model.weights,
+            Subject::Speech(speech) => speech.weights.source(),
+        };
+        let stored = named.stored_name(tensor);
+        named.source().place(stored.as_deref().unwrap_or(tensor))
+    }
+
     pub fn model(self) -> Option<&'a Model> {
         match self {
             Subject::Model(model) => Some(model),
