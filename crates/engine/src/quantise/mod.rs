@@ -14,6 +14,7 @@ mod kv_scales;
 mod maker;
 mod plan;
 mod policy;
+mod rotate;
 mod samples;
 mod simulate;
 mod subject;
