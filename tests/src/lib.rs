@@ -36,6 +36,8 @@ mod precision;
 #[cfg(test)]
 mod quantise;
 #[cfg(test)]
+mod rotation;
+#[cfg(test)]
 mod senses;
 #[cfg(test)]
 mod support;

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use pocketglm::quantise::{
     CalibrateOptions, CalibrationTable, EvalOptions, Evaluation, Method, Policy, QuantiseOptions, Quantiser,
-    Samples, calibrate, evaluate,
+    Samples, Simulation, calibrate, evaluate,
 };
 use pocketglm::{Engine, Error, Result};
 
+use crate::checkpoints::edited;
 use crate::golden::{CHECKPOINTS, cases, path, relative_l2};
 use crate::support::{Folder, Random, answer, engine, exactly, ids_prompt, options};
 
@@ -132,7 +133,7 @@ fn more_bits_lose_less_and_a_search_loses_less_than_rounding() {
     assert!(sums[1] < sums[0], "search {}, rounding {}", sums[1], sums[0]);
 }
 
-/// A pattern of no weight.
+/// Of no weight.
 const NONE: &str = "none";
 
 fn calibrated(folder: &Folder, model: &str, second_moments: &str) -> PathBuf {
@@ -140,7 +141,7 @@ fn calibrated(folder: &Folder, model: &str, second_moments: &str) -> PathBuf {
     let out = folder.file(&format!("{model}.calibration"));
     let options = CalibrateOptions {
         engine: options(),
-        second_moments: vec![second_moments.into()],
+        second_moments: Some(second_moments).filter(|p| *p != NONE).map(str::to_owned).into_iter().collect(),
         overwrite: true,
         ..CalibrateOptions::default()
     };
@@ -218,12 +219,135 @@ fn a_table_that_is_absent_or_of_another_model_is_refused() {
     let model = path("default/model.safetensors");
     let none = open("default", Method::Awq, Some(&model));
     assert!(matches!(&none, Error::Calibration { what, .. } if what.contains("calibrate")), "{none}");
-    // Without second moments GPTQ becomes a search, and the plan says so.
-    let quantiser =
-        Quantiser::open(path("default"), with_method("int4-g64", Method::Gptq, Some(&table))).unwrap();
-    let down = quantiser.plan().tensors.iter().find(|t| t.name.ends_with("0.mlp.down_proj.weight")).unwrap();
-    assert_eq!(down.method, Some(Method::Search));
-    assert!(down.note.as_ref().unwrap().contains("no matrix of second moments"));
+}
+
+#[test]
+fn a_method_that_no_tensor_can_have_is_refused_and_one_that_some_lack_is_a_warning() {
+    let folder = Folder::new();
+    let table = calibrated(&folder, "default", NONE);
+    let open = |policy, table: &Path| {
+        Quantiser::open(path("default"), with_method(policy, Method::Gptq, Some(table)))
+    };
+    let none = error(open("int4-g64", &table)).to_string();
+    assert!(none.contains("none of the") && none.contains("no matrix of second moments"), "{none}");
+    let table = calibrated(&folder, "default", "*.down_proj.weight");
+    let quantiser = open("int4-g64", &table).unwrap();
+    let plan = quantiser.plan();
+    let of = |name: &str| plan.tensors.iter().find(|t| t.name.ends_with(name)).unwrap();
+    assert_eq!(of("0.mlp.down_proj.weight").method, Some(Method::Gptq));
+    assert_eq!(of("0.mlp.gate_up_proj.weight").method, Some(Method::Search));
+    assert!(of("0.mlp.gate_up_proj.weight").note.as_ref().unwrap().contains("no matrix of second moments"));
+    assert_eq!(plan.warnings.len(), 1, "{:?}", plan.warnings);
+    assert!(plan.warnings[0].starts_with("gptq makes "), "{:?}", plan.warnings);
+
+    // One scale for a matrix leaves nothing for GPTQ to choose.
+    let whole =
+        Quantiser::open(path("default"), with_method("int8-tensor", Method::Gptq, Some(&table))).unwrap();
+    let methods = whole.plan().tensors.iter().filter_map(|t| t.method);
+    assert!(methods.clone().count() > 10 && methods.into_iter().all(|m| m == Method::Round));
+    let rules =
+        r#"{"rules": [{"tensors": "*", "format": "Q8_0"}, {"tensors": "*.q_proj.*", "format": "Q4_0"}]}"#;
+    let late = QuantiseOptions::new(Policy::from_json("p", rules.as_bytes()).unwrap());
+    let quantiser = Quantiser::open(path("default"), late).unwrap();
+    assert!(quantiser.plan().warnings[0].contains("rules[1]"), "{:?}", quantiser.plan().warnings);
+}
+
+#[test]
+fn a_table_of_a_model_with_other_matrices_is_refused_where_both_have_them_unquantised() {
+    let folder = Folder::new();
+    let table = calibrated(&folder, "default", NONE);
+    let other = Folder::copy_of("default");
+    let file = edited(&other.read("model.safetensors"), |tensors| {
+        for (_, (_, shape, bytes)) in tensors.iter_mut().filter(|(_, t)| t.1.len() == 2) {
+            // The same values in another order: rows are turned round.
+            let row = 4 * shape[1];
+            *bytes = bytes.chunks(row).rev().flatten().copied().collect();
+        }
+    });
+    other.write("model.safetensors", file);
+    let awq = || with_method("int4-g64", Method::Awq, Some(&table));
+    let found = error(Quantiser::open(other.path(), awq()));
+    assert!(
+        matches!(&found, Error::Calibration { what, .. } if what.contains("has other values")),
+        "{found}"
+    );
+    // In another floating-point type it is the same model, and quantised matrices are not compared.
+    write(path("default"), folder.file("f16.pglm"), policy("F16")).unwrap();
+    Quantiser::open(folder.file("f16.pglm"), awq()).unwrap();
+    write(path("default"), folder.file("int8.pglm"), policy("int8")).unwrap();
+    Quantiser::open(folder.file("int8.pglm"), QuantiseOptions { force_requantise: true, ..awq() }).unwrap();
+}
+
+#[test]
+fn a_pattern_of_second_moments_that_names_nothing_is_refused() {
+    let folder = Folder::new();
+    let samples = samples(&folder, "s.jsonl", 8, 1);
+    let options = CalibrateOptions {
+        engine: options(),
+        second_moments: vec!["*.down_proj.weight".into(), "nothing*".into()],
+        ..CalibrateOptions::default()
+    };
+    let found = error(calibrate(path("default"), &samples, folder.file("table"), &options));
+    let named = matches!(&found, Error::Calibration { what, .. } if what.contains("`nothing*`"));
+    assert!(named && !folder.file("table").exists(), "{found}");
+}
+
+#[test]
+fn one_scale_for_a_matrix_stands_in_every_row_and_loses_more_than_one_for_each() {
+    let folder = Folder::new();
+    let samples = samples(&folder, "s.jsonl", 9, 4);
+    let names = ["int8-tensor", "int8-tensor-asym", "int8-row", "int4-tensor"];
+    let models = names.map(|name| {
+        let out = folder.file(&format!("{name}.pglm"));
+        write(path("default"), &out, policy(name)).unwrap();
+        out
+    });
+    let kl: Vec<f64> = compare(&models, "default", &samples).iter().map(|m| m.kl).collect();
+    println!("{kl:.4?}");
+    assert!(kl[2] < kl[0] && kl[0] < 0.3 && kl[1] < 0.3 && kl[0] < kl[3], "{kl:?}");
+    // Without a file: the same numbers.
+    let simulate = vec![Simulation { policy: Policy::load("int8-tensor").unwrap(), static_inputs: None }];
+    let eval = EvalOptions { engine: options(), simulate, ..EvalOptions::default() };
+    let (_, simulated) = evaluate(&[], path("default"), &samples, &eval).unwrap();
+    assert!((simulated[0].kl / kl[0] - 1.0).abs() < 0.2, "{simulated:?} {kl:?}");
+}
+
+#[test]
+fn sizes_are_those_of_the_file_that_is_written() {
+    let folder = Folder::new();
+    let samples = samples(&folder, "s.jsonl", 10, 1);
+    for name in ["Q2_K", "int4", "Q4_0"] {
+        let (out, text) = (folder.file(&format!("{name}.pglm")), folder.file(&format!("{name}.gguf")));
+        let quantiser = Quantiser::open(path("real-head-dim"), policy(name)).unwrap();
+        quantiser.write_pglm(&out).unwrap();
+        let planned = quantiser.plan().bytes();
+        // Tensors of the file but those that are no weights: side files and fillers.
+        let bytes = fs::read(&out).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+        let size = |t: &serde_json::Value| {
+            t["data_offsets"][1].as_u64().unwrap() - t["data_offsets"][0].as_u64().unwrap()
+        };
+        let weights = json
+            .as_object()
+            .unwrap()
+            .iter()
+            .filter(|(n, _)| n.starts_with("model.") || n.starts_with("lm_head"));
+        assert_eq!(planned, weights.map(|(_, t)| size(t)).sum::<u64>(), "{name}");
+        assert_eq!(compare(&[out], "real-head-dim", &samples)[0].bytes, planned, "{name}");
+        if name != "int4" {
+            let gguf = QuantiseOptions { gguf: true, ..policy(name) };
+            let quantiser = Quantiser::open(path("real-head-dim"), gguf).unwrap();
+            quantiser.write_gguf(&text, None).unwrap();
+            let of_text =
+                quantiser.plan().tensors.iter().filter(|t| !t.name.contains(".visual.")).map(|t| t.bytes);
+            let (of_text, file) = (of_text.sum::<u64>(), fs::metadata(&text).unwrap().len());
+            assert!(of_text < file && file < of_text + 200_000, "{name}: {of_text} {file}");
+            // Panels of Q2_K have a scale of their own for each group; those of Q4_0 are as large as its blocks.
+            let (gguf, most) = (quantiser.plan().bytes(), if name == "Q2_K" { planned - 1 } else { planned });
+            assert!(gguf <= most, "{name}: {gguf} {planned}");
+        }
+    }
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub struct Arguments {
 const EMULATED: &[(&str, &str, &str)] =
     &[("aarch64-unknown-linux-musl", "qemu-aarch64 -cpu max", "rust-lld")];
 /// The crates whose code depends on the target, and the one that calls it.
-const EMULATED_PACKAGES: &[&str] = &["pocketglm-tensor", "pocketglm-graph"];
+const EMULATED_PACKAGES: &[&str] = &["pocketglm-tensor", "pocketglm-quant", "pocketglm-graph"];
 
 /// Targets that the facade must build for, GPU included, without being run here.
 const BUILT: &[&str] = &["wasm32-unknown-unknown", "aarch64-linux-android"];

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use pocketglm::Error;
-use pocketglm::quantise::{Method, Policy, QuantPlan, QuantiseOptions, Quantiser};
+use pocketglm::quantise::{Method, Policy, QuantPlan, QuantiseOptions, Quantiser, TensorPlan};
 use serde_json::{Value, json};
 
 use crate::args::policy_file;
@@ -38,10 +38,15 @@ pub struct QuantizeArgs {
     /// Calibration table of this model, which `calibrate` writes.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
-    /// Fold scales of the KV cache's components, from --calibration, into the weights: --kv int8 and int4 are then more
-    /// exact.
+    /// Fold scales of the KV cache's components, from --calibration, into the weights, for heads that then lose less on what
+    /// calibration saw in a cache of int8 and of int4. Helps where a few components are large; heads without such ones
+    /// stay as they are.
     #[arg(long)]
     kv_scales: bool,
+    /// Rotate attention's values by Hadamard matrices, folded into the weights: outliers are spread before they are rounded,
+    /// and --kv int8 and int4 hold the rotated values. Nothing changes in f32.
+    #[arg(long)]
+    rotate: bool,
     /// Fix the ranges of the inputs of quantised matrices to those of --calibration.
     #[arg(long)]
     static_inputs: bool,
@@ -104,6 +109,8 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
             MethodArg::Awq => Method::Awq,
         });
     }
+    policy.rotate |= args.rotate;
+    let kind = kind(args)?;
     let work = Work::new(args.quiet || args.json, true);
     let interrupt = if args.dry_run { None } else { Some(Interrupt::install(&Bars::new(true))?) };
     let options = QuantiseOptions {
@@ -111,6 +118,7 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
         calibration: args.calibration.clone(),
         kv_scales: args.kv_scales,
         static_inputs: args.static_inputs,
+        gguf: kind == Target::Gguf,
         force_requantise: args.force_requantise,
         overwrite: args.force,
         inputs: policy_file(&args.policy).into_iter().collect(),
@@ -119,13 +127,15 @@ pub fn run(args: &QuantizeArgs) -> Result<ExitCode, Failure> {
         cancel: interrupt.as_ref().map(Interrupt::begin).unwrap_or_default(),
         ..QuantiseOptions::new(policy)
     };
-    let kind = kind(args)?;
     let start = Instant::now();
     let quantiser = Quantiser::open(&args.model, options).map_err(|error| match error {
         error @ Error::AlreadyQuantised { .. } => Failure::Twice(error),
         other => other.into(),
     })?;
     let plan = quantiser.plan();
+    if !args.quiet && !args.json {
+        plan.warnings.iter().for_each(|warning| complain(warning));
+    }
     let mut out = Out::new();
     let beside = |text: &PathBuf| quantiser.has_vision().then(|| mmproj_beside(text));
     let vision = args.mmproj_out.clone().or_else(|| args.out.as_ref().and_then(beside));
@@ -200,6 +210,12 @@ fn by_format(plan: &QuantPlan) -> BTreeMap<&'static str, (u64, u64, u64)> {
     sums
 }
 
+/// What is said of a tensor besides its figures.
+fn notes(t: &TensorPlan) -> String {
+    let rotated = t.rotated.then_some("rotated");
+    rotated.into_iter().chain(t.note.as_deref()).collect::<Vec<_>>().join("; ")
+}
+
 /// The plan for people: every tensor with `all`, and the totals.
 fn plan_table(plan: &QuantPlan, all: bool) -> String {
     let mut lines = Vec::new();
@@ -222,7 +238,7 @@ fn plan_table(plan: &QuantPlan, all: bool) -> String {
                 t.bits_per_weight(),
                 thousands(t.bytes),
                 thousands(t.memory),
-                t.note.as_deref().unwrap_or_default()
+                notes(t)
             )
             .trim_end()
             .to_owned(),
@@ -237,6 +253,8 @@ fn plan_table(plan: &QuantPlan, all: bool) -> String {
         let bits = size as f64 * 8.0 / values.max(1) as f64;
         lines.push(format!("{format:13}  {tensors:>5} tensors  {bits:>6.3} bits  {}", bytes(size)));
     }
+    let rotated = plan.tensors.iter().filter(|t| t.rotated).count();
+    lines.extend((rotated > 0).then(|| format!("{rotated} tensors rotated")));
     let (before, after) = (plan.bytes_before(), plan.bytes());
     lines.push(format!(
         "policy {}: {} becomes {}, {:.3} bits a weight, {:.2} % of f32; {} in memory",
@@ -251,7 +269,7 @@ fn plan_table(plan: &QuantPlan, all: bool) -> String {
 }
 
 fn plan_json(plan: &QuantPlan) -> Value {
-    let tensor = |t: &pocketglm::quantise::TensorPlan| {
+    let tensor = |t: &TensorPlan| {
         json!({
             "name": t.name,
             "shape": t.shape,
@@ -262,11 +280,13 @@ fn plan_json(plan: &QuantPlan) -> Value {
             "bytes": t.bytes,
             "memory": t.memory,
             "bits_per_weight": t.bits_per_weight(),
+            "rotated": t.rotated,
             "note": t.note,
         })
     };
     json!({
         "policy": plan.policy,
+        "warnings": plan.warnings,
         "tensors": plan.tensors.iter().map(tensor).collect::<Vec<_>>(),
         "values": plan.elements(),
         "bytes_before": plan.bytes_before(),
@@ -279,7 +299,6 @@ fn plan_json(plan: &QuantPlan) -> Value {
 #[cfg(test)]
 mod tests {
     use pocketglm::DType;
-    use pocketglm::quantise::TensorPlan;
 
     use super::*;
 
@@ -294,6 +313,7 @@ mod tests {
             bytes_before: 256,
             bytes,
             memory: bytes + 1000,
+            rotated: name == "a.weight",
             note: note.map(str::to_owned),
         };
         let tensors = vec![
@@ -301,7 +321,7 @@ mod tests {
             tensor("b.weight", q8, 68, Some("Q6_K has no rows of 32")),
             tensor("c.weight", DType::F32, 256, None),
         ];
-        QuantPlan { policy: "mine".into(), tensors }
+        QuantPlan { policy: "mine".into(), tensors, warnings: vec!["too late".into()] }
     }
 
     #[test]
@@ -309,6 +329,8 @@ mod tests {
         let text = plan_table(&example(), true);
         for wanted in [
             "a.weight",
+            "1,068  rotated\n",
+            "1 tensors rotated",
             "c.weight",
             "Q6_K has no rows of 32",
             "Q8_0               2 tensors   8.500 bits  136 bytes",
@@ -325,6 +347,7 @@ mod tests {
         let json = plan_json(&example());
         assert_eq!((&json["bytes"], &json["values"]), (&json!(392), &json!(192)));
         assert_eq!(json["tensors"][1]["note"], "Q6_K has no rows of 32");
+        assert_eq!((&json["tensors"][0]["rotated"], &json["warnings"]), (&json!(true), &json!(["too late"])));
     }
 
     #[test]

@@ -160,7 +160,7 @@ fn loss(
 ) -> Result<f64> {
     let k = scales.len();
     let importance: Vec<f32> = diagonal.iter().zip(scales).map(|(d, s)| d / (s * s)).collect();
-    let options = RowOptions { method, importance: Some(&importance) };
+    let options = RowOptions { method, importance: Some(&importance), ..RowOptions::default() };
     let mut errors = zeros(rows.len(), "rounding errors")?;
     let per_task = (rows.len() / k).div_ceil(cpu.threads() * 4).max(1) * k;
     let tasks: Vec<_> = errors.chunks_mut(per_task).zip(rows.chunks(per_task)).map(Mutex::new).collect();

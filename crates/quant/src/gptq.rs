@@ -11,7 +11,7 @@
 use std::sync::Mutex;
 
 use pocketglm_tensor::ops::{MatmulB, matmul};
-use pocketglm_tensor::{Block, Cpu, DType, RowCodes};
+use pocketglm_tensor::{Block, Cpu, DType, Group, RowCodes};
 
 use crate::codes::{Lattice, affine_lattice, grid, nested_lattice, nested_of, put_together, simple_lattice};
 use crate::factor::{unit_upper, zeros};
@@ -128,6 +128,10 @@ impl Feedback {
         let bytes = dtype.row_bytes(k).ok_or(Error::RowLength { dtype, values: k })?;
         if !dtype.is_quantised() {
             return Err(Error::DType { op: OP, wanted: "a quantised type", found: dtype });
+        }
+        // Rows are chosen alone.
+        if matches!(dtype, DType::Affine(a) if a.group() == Group::Tensor) {
+            return Err(Error::DType { op: OP, wanted: "a type whose scales are a row's own", found: dtype });
         }
         if k == 0 || !weights.len().is_multiple_of(k) {
             return Err(Error::Size { op: OP, operand: "weights", wanted: k, found: weights.len() });

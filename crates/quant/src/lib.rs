@@ -25,7 +25,7 @@ pub use codes::{put_together, take_apart};
 pub use dequantise::dequantise_row;
 pub use error::{Error, Result};
 pub use pocketglm_tensor::RowCodes;
-pub use quantise::{Method, RowOptions, quantise_codes, quantise_row};
+pub use quantise::{Method, RowOptions, quantise_codes, quantise_row, range};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -238,7 +238,8 @@ fn weights_that_are_no_numbers_are_named() {
     }
     let mut importance = vec![1.0; 32];
     importance[3] = -1.0;
-    let options = RowOptions { method: Method::Search, importance: Some(&importance) };
+    let options =
+        RowOptions { method: Method::Search, importance: Some(&importance), ..RowOptions::default() };
     let error = quantise_row(DType::Block(Block::Q4_0), &[0.0; 32], &options, &mut Vec::new()).unwrap_err();
     assert_eq!(error.to_string(), "importance: element 3 is -1, expected a finite number of at least 0");
 }
@@ -249,7 +250,7 @@ fn values_beyond_an_f16_scale_are_named() {
         let mut x = vec![0.5; 512];
         x[300] = -3e38;
         for method in [Method::Round, Method::Search] {
-            let options = RowOptions { method, importance: None };
+            let options = RowOptions { method, ..RowOptions::default() };
             let error = quantise_row(dtype, &x, &options, &mut Vec::new()).unwrap_err();
             assert!(matches!(error, Error::Range { index: 300, .. }), "{dtype}: {error}");
         }
@@ -330,7 +331,7 @@ proptest! {
             }
             for method in [Method::Round, Method::Search] {
                 let mut bytes = Vec::new();
-                match quantise_row(dtype, &x, &RowOptions { method, importance: None }, &mut bytes) {
+                match quantise_row(dtype, &x, &RowOptions { method, ..RowOptions::default() }, &mut bytes) {
                     Ok(()) => prop_assert!(read(dtype, &bytes, x.len()).iter().all(|v| v.is_finite()), "{dtype}"),
                     Err(Error::Range { .. }) => prop_assert!(!small, "{dtype}"),
                     Err(other) => return Err(TestCaseError::fail(other.to_string())),
@@ -340,9 +341,125 @@ proptest! {
     }
 }
 
+#[test]
+fn rows_of_one_matrix_have_one_scale_and_errors_of_at_most_half_of_it() {
+    let mut random = Random(11);
+    for format in Affine::all().filter(|a| a.group() == Group::Tensor) {
+        let dtype = DType::Affine(format);
+        let rows: Vec<Vec<f32>> =
+            [1.0, 0.01, 30.0].map(|s| random.gaussian(70).iter().map(|x| x * s).collect()).into();
+        let ranges: Vec<(f32, f32)> = rows.iter().map(|r| range(r).unwrap()).collect();
+        let all = ranges.iter().fold((0.0f32, 0.0f32), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+        let mut scales = Vec::new();
+        for (i, x) in rows.iter().enumerate() {
+            let options = RowOptions { range: Some(all), method: Method::Search, ..RowOptions::default() };
+            let bytes = quantised(dtype, x, &options);
+            let mut row = RowCodes::default();
+            take_apart(dtype, &bytes, x.len(), &mut row).unwrap();
+            let step = bf16::from_bits(row.scales[0]).to_f32().abs();
+            for (x, y) in x.iter().zip(read(dtype, &bytes, x.len())) {
+                assert!((x - y).abs() <= step * 0.50001, "{dtype}: {x} {y} {step}");
+            }
+            // The negative control: a row alone has another scale, unless it is the one with the extremes.
+            let alone = quantised(dtype, x, &RowOptions::default());
+            assert!(i == 2 || alone[..2] != bytes[..2], "{dtype} {i}");
+            scales.push((row.scales, row.sub_minima));
+        }
+        assert!(scales.iter().all(|s| *s == scales[0]), "{dtype}: {scales:?}");
+        let bad = RowOptions { range: Some((0.0, f32::INFINITY)), ..RowOptions::default() };
+        let error = quantise_row(dtype, &rows[0], &bad, &mut Vec::new()).unwrap_err();
+        assert!(matches!(error, Error::NotFinite { what: "range", .. }), "{error}");
+    }
+    assert!(matches!(range(&[1.0, f32::NAN]), Err(Error::NotFinite { index: 1, .. })));
+}
+
+/// The largest error that plain rounding of value `i` to a block format may have, from the block's own scales.
+///
+/// A value between two codes is at most half of their distance off, and one beyond the last code, on the side that has a
+/// code less, a whole one. Integer scales of sub-groups are rounded to a unit `d`: half of it is missed at every step
+/// from zero, all of it where the range of integers has one less on one side. f16 rounds scales by `2^-11` of them, and
+/// by `2^-25` near zero.
+fn block_bound(block: Block, row: &RowCodes, i: usize) -> f64 {
+    let half = |bits: u16| f16::from_bits(bits).to_f64().abs();
+    // Codes from zero to the farthest one, and the largest error in steps.
+    let (reach, off) = match block {
+        Block::Q8_0 => (127.0, 0.5),
+        Block::Q4_0 => (8.0, 1.0),
+        Block::Q5_0 => (16.0, 1.0),
+        Block::Q3_K => (4.0, 1.0),
+        Block::Q6_K => (32.0, 1.0),
+        Block::Q4_1 | Block::Q4_K => (15.0, 0.5),
+        Block::Q5_1 | Block::Q5_K => (31.0, 0.5),
+        Block::Q2_K => (3.0, 0.5),
+        // The table goes from -127 to 113.
+        Block::IQ4_NL | Block::IQ4_XS => (127.0, 14.0),
+    };
+    let per = if block.layout().0 == 256 { 256 } else { 32 };
+    let (d, m) = (half(row.scales[i / per]), row.minima.get(i / per).map_or(0.0, |&m| half(m)));
+    let rounded = |step: f64, minimum: f64| off * step + (reach * step + minimum) * 2f64.powi(-10);
+    let (tiny, group) =
+        (2f64.powi(-24), if matches!(block, Block::Q2_K | Block::Q3_K | Block::Q6_K) { 16 } else { 32 });
+    if per == 32 {
+        return rounded(d, m) + (reach + 1.0) * tiny;
+    }
+    let sub = f64::from((row.sub_scales[i / group] as i8).unsigned_abs());
+    let sub_minimum = row.sub_minima.get(i / group).map_or(0.0, |&m| f64::from(m));
+    let missed = if row.minima.is_empty() { reach * d } else { (reach * d + m) / 2.0 };
+    rounded(sub * d, sub_minimum * m) + missed * (1.0 + 2f64.powi(-10)) + 128.0 * (reach + 1.0) * tiny
+}
+
+/// The largest error of a row as a part of [`block_bound`].
+fn part_of_bound(block: Block, x: &[f32], bytes: &[u8]) -> f64 {
+    let dtype = DType::Block(block);
+    let mut row = RowCodes::default();
+    take_apart(dtype, bytes, x.len(), &mut row).unwrap();
+    let values = read(dtype, bytes, x.len());
+    let part = |(i, (x, y)): (usize, (&f32, &f32))| {
+        (f64::from(*x) - f64::from(*y)).abs() / block_bound(block, &row, i)
+    };
+    x.iter().zip(&values).enumerate().map(part).fold(0.0, f64::max)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn errors_of_block_formats_are_within_what_their_scales_allow(mut x in adversarial_row()) {
+        x.iter_mut().for_each(|x| *x = x.clamp(-1e4, 1e4));
+        for block in Block::ALL {
+            let mut x = x.clone();
+            x.resize(x.len().next_multiple_of(block.layout().0), 0.25);
+            let part = part_of_bound(block, &x, &quantised(DType::Block(block), &x, &RowOptions::default()));
+            prop_assert!(part <= 1.0, "{block:?}: {part} of the bound");
+        }
+    }
+}
+
+#[test]
+fn a_wrong_code_is_beyond_the_bound_of_its_block_format() {
+    for block in Block::ALL {
+        let dtype = DType::Block(block);
+        let x = Random(block as u64).gaussian(512);
+        let bytes = quantised(dtype, &x, &RowOptions::default());
+        let right = part_of_bound(block, &x, &bytes);
+        assert!(right <= 1.0 && right > 0.2, "{block:?}: {right}");
+        let mut row = RowCodes::default();
+        take_apart(dtype, &bytes, x.len(), &mut row).unwrap();
+        // The other half of the codes.
+        let top = if block == Block::Q8_0 { 0x80 } else { 1 << (PackedFormat::of(dtype).unwrap().bits - 1) };
+        row.codes[300] ^= top;
+        let mut wrong = Vec::new();
+        put_together(dtype, &row, &mut wrong).unwrap();
+        let wrong = part_of_bound(block, &x, &wrong);
+        println!("{block:?}: {right:.2} of the bound, with a wrong code {wrong:.1}");
+        assert!(wrong > 1.0, "{block:?}: {wrong}");
+    }
+}
+
 /// sum importance * (w - w')^2
 fn weighted_error(dtype: DType, x: &[f32], importance: &[f32], method: Method) -> f64 {
-    let bytes = quantised(dtype, x, &RowOptions { method, importance: Some(importance) });
+    let bytes =
+        quantised(dtype, x, &RowOptions { method, importance: Some(importance), ..RowOptions::default() });
     let values = read(dtype, &bytes, x.len());
     let error = |((&x, &y), &w): ((&f32, &f32), &f32)| f64::from(w) * (f64::from(x) - f64::from(y)).powi(2);
     x.iter().zip(&values).zip(importance).map(error).sum()
@@ -371,13 +488,13 @@ fn searching_is_never_worse_than_rounding_and_mostly_much_better() {
             }
         }
         let most = match dtype {
-            // Eight bits leave little to gain; a scale for a whole row, little to choose.
-            DType::Affine(a) if a.bits() == 8 => 1.0,
+            // Eight bits leave little to gain, and one scale for a matrix is not searched.
+            DType::Affine(a) if a.bits() == 8 || a.group() == Group::Tensor => 1.0,
             DType::Block(Block::Q8_0) => 1.0,
             _ => 0.85,
         };
         println!("{dtype:>14}: searched / rounded = {:.3}", gain.0 / gain.1);
-        assert!(gain.0 < most * gain.1, "{dtype}: {gain:?}");
+        assert!(gain.0 <= most * gain.1, "{dtype}: {gain:?}");
     }
 }
 
@@ -495,7 +612,8 @@ fn speed() {
             bytes.clear();
             quantise_row(dtype, &x, &RowOptions::default(), &mut bytes).unwrap();
         });
-        let options = RowOptions { method: Method::Search, importance: Some(&importance) };
+        let options =
+            RowOptions { method: Method::Search, importance: Some(&importance), ..RowOptions::default() };
         let search = rate(&mut || {
             bytes.clear();
             quantise_row(dtype, &x, &options, &mut bytes).unwrap();

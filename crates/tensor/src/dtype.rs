@@ -103,7 +103,8 @@ impl Block {
 ///
 /// A row is its groups one after the other; a group is its scale (2 bytes), the zero point (1 byte, only where the
 /// format is asymmetric), and its codes `q >= 0`, the first in the lowest bits of the first byte, padded to a whole
-/// byte. The last group of a row may be shorter. A symmetric format's zero point is `2^(bits - 1)`.
+/// byte. The last group of a row may be shorter. One scale for a whole matrix stands at the beginning of each of its rows, so that
+/// a row can be read alone. A symmetric format's zero point is `2^(bits - 1)`.
 ///
 /// bfloat16 has the range of f32, so no finite weight makes a scale overflow or vanish.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -124,6 +125,8 @@ pub enum Group {
     G128,
     /// The whole row.
     Row,
+    /// The whole matrix: all rows have one scale and one zero point.
+    Tensor,
 }
 
 impl Group {
@@ -133,7 +136,7 @@ impl Group {
             Group::G32 => 32,
             Group::G64 => 64,
             Group::G128 => 128,
-            Group::Row => {
+            Group::Row | Group::Tensor => {
                 if k == 0 {
                     1
                 } else {
@@ -155,7 +158,7 @@ impl Affine {
 
     /// Every format.
     pub fn all() -> impl Iterator<Item = Affine> {
-        let groups = [Group::G32, Group::G64, Group::G128, Group::Row];
+        let groups = [Group::G32, Group::G64, Group::G128, Group::Row, Group::Tensor];
         [8, 4, 2].into_iter().flat_map(move |bits| {
             groups
                 .into_iter()
@@ -208,24 +211,27 @@ impl Affine {
 
     /// The name in files and on the command line, such as `int4-g64` or `int8-row-asym`.
     pub const fn name(self) -> &'static str {
-        const NAMES: [[[&str; 2]; 4]; 3] = [
+        const NAMES: [[[&str; 2]; 5]; 3] = [
             [
                 ["int8-g32", "int8-g32-asym"],
                 ["int8-g64", "int8-g64-asym"],
                 ["int8-g128", "int8-g128-asym"],
                 ["int8-row", "int8-row-asym"],
+                ["int8-tensor", "int8-tensor-asym"],
             ],
             [
                 ["int4-g32", "int4-g32-asym"],
                 ["int4-g64", "int4-g64-asym"],
                 ["int4-g128", "int4-g128-asym"],
                 ["int4-row", "int4-row-asym"],
+                ["int4-tensor", "int4-tensor-asym"],
             ],
             [
                 ["int2-g32", "int2-g32-asym"],
                 ["int2-g64", "int2-g64-asym"],
                 ["int2-g128", "int2-g128-asym"],
                 ["int2-row", "int2-row-asym"],
+                ["int2-tensor", "int2-tensor-asym"],
             ],
         ];
         let bits = match self.bits {
@@ -338,7 +344,7 @@ mod tests {
             assert_eq!(DType::from_name(&dtype.name().to_lowercase()), Some(dtype));
             count += 1;
         }
-        assert_eq!(count, 12 + 24);
+        assert_eq!(count, 12 + 30);
         assert_eq!(DType::from_name("Q4_X"), None);
     }
 

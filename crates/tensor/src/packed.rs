@@ -85,7 +85,8 @@ impl PackedFormat {
             },
             DType::Affine(affine) => {
                 let group = match affine.group() {
-                    Group::Row => 0,
+                    // One scale for the matrix is the same one in every row.
+                    Group::Row | Group::Tensor => 0,
                     group => group.of(1),
                 };
                 let zero = if affine.symmetric() { Fixed(1 << (affine.bits() - 1)) } else { ZeroKind::Codes };

@@ -193,7 +193,7 @@ impl<W: WeightSource> Prepared<W> {
     /// The matrix rounded, row after row.
     fn rounded(&self, name: &str, change: Change, shape: [usize; 2]) -> Result<Tensor> {
         let dtype = int8();
-        let options = RowOptions { method: Method::Round, importance: None };
+        let options = RowOptions { method: Method::Round, ..RowOptions::default() };
         let mut bytes = Vec::with_capacity(dtype.bytes(&shape).unwrap_or(0));
         let failed = |e: pocketglm_quant::Error| Error::Source {
             name: name.into(),

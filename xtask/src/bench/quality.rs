@@ -12,6 +12,17 @@ use super::models::{Work, build_program};
 use crate::error::io_error;
 use crate::{Error, Result, repo};
 
+/// Every so many components of a head is an outlier in the second model, this many times as large.
+const OUTLIERS: (usize, f32) = (16, 12.0);
+
+/// What is folded into the weights around the cache; the matrices stay in F32.
+const FOLDS: [(&str, &[&str]); 4] = [
+    ("nothing", &[]),
+    ("--kv-scales", &["--kv-scales"]),
+    ("--rotate", &["--rotate"]),
+    ("--kv-scales --rotate", &["--kv-scales", "--rotate"]),
+];
+
 /// Whose tokenizer and small files the synthetic models have.
 const BASE: &str = "tests/golden/default";
 const SIDE_FILES: [&str; 4] =
@@ -159,10 +170,10 @@ impl Bench<'_> {
         Ok(path)
     }
 
-    fn eval(&self, reference: &Path, models: &[PathBuf], samples: &Path) -> Result<Vec<Value>> {
+    fn eval(&self, reference: &Path, models: &[PathBuf], samples: &Path, kv: &str) -> Result<Vec<Value>> {
         let mut paths = vec![("--reference", reference), ("--samples", samples)];
         paths.extend(models.iter().map(|m| ("--model", m.as_path())));
-        let report = self.run(&["eval", "--json"], &paths)?;
+        let report = self.run(&["eval", "--json", "--kv", kv], &paths)?;
         let all = report["models"].as_array().cloned().unwrap_or_default();
         if all.len() != models.len() {
             return Err(Error::Content {
@@ -198,20 +209,19 @@ impl Bench<'_> {
                 rows.push((theirs.into(), "llama.cpp".into(), out));
             }
             for format in ours {
-                for method in ["round", "search", "gptq", "awq"] {
+                for method in ["round", "round --rotate", "search", "gptq", "awq"] {
                     let block = format.starts_with('Q');
                     let out = self
                         .file(&format!("{theirs}-{format}-{method}.{}", if block { "gguf" } else { "pglm" }));
-                    self.run(
-                        &["quantize", "--policy", format, "--method", method, "--quiet"],
-                        &[("--model", &whole), ("--calibration", &table), ("--out", &out)],
-                    )?;
+                    let mut arguments = vec!["quantize", "--policy", format, "--quiet", "--method"];
+                    arguments.extend(method.split(' '));
+                    self.run(&arguments, &[("--model", &whole), ("--calibration", &table), ("--out", &out)])?;
                     rows.push(((*format).into(), format!("ours, {method}"), out));
                 }
             }
         }
         let paths: Vec<PathBuf> = rows.iter().map(|r| r.2.clone()).collect();
-        let found = self.eval(&whole, &paths, &other)?;
+        let found = self.eval(&whole, &paths, &other, "f32")?;
         let number = |v: &Value, name: &str| v[name].as_f64().unwrap_or(f64::NAN);
         let mut text = String::from(
             "| format | made by | bits | KL | of llama.cpp's | perplexity | same top |\n| --- | --- | --- | --- | --- | --- | --- |\n",
@@ -230,6 +240,66 @@ impl Bench<'_> {
                 number(v, "perplexity"),
                 100.0 * number(v, "same_top")
             );
+        }
+        Ok(text)
+    }
+
+    /// The cache by format and by what is folded into the weights around it, for the text model and for one with outliers,
+    /// as Markdown.
+    fn cache(&self) -> Result<String> {
+        let alike = self.model("alike", DType::F32, &self.sizes.text)?;
+        let outliers = self.model("outliers", DType::F32, &self.sizes.text)?;
+        add_outliers(&outliers.join("model.safetensors"), self.sizes.text.head)?;
+        let (seen, other) = (self.samples("cache-seen.jsonl", 3)?, self.samples("cache-other.jsonl", 4)?);
+        let mut text = String::from(
+            "| components of a head | folded | int8: KL | same top | int4: KL | same top | int4-row weights around it: KL |\n| --- | --- | --- | --- | --- | --- | --- |\n",
+        );
+        let number = |v: &Value, name: &str| v[name].as_f64().unwrap_or(f64::NAN);
+        let policy = self.file("around.json");
+        let rules =
+            json!({ "rules": [{ "tensors": ["*.v_proj.weight", "*.o_proj.weight"], "format": "int4-row" }] });
+        repo::write(&policy, &rules.to_string())?;
+        for (what, model) in [("alike", &alike), ("with outliers", &outliers)] {
+            let table = self.file(&format!("{what}-table"));
+            self.run(
+                &["calibrate", "--quiet"],
+                &[("--model", model), ("--samples", &seen), ("--out", &table)],
+            )?;
+            let (mut exact, mut rounded) = (Vec::new(), Vec::new());
+            for (i, (_, flags)) in FOLDS.iter().enumerate() {
+                for (policy, list) in [(Path::new("F32"), &mut exact), (policy.as_path(), &mut rounded)] {
+                    let out = self.file(&format!("{what}-{i}-{}.pglm", list.len()));
+                    let mut arguments = vec!["quantize", "--quiet", "--force"];
+                    arguments.extend(*flags);
+                    let paths = [
+                        ("--policy", policy),
+                        ("--model", model),
+                        ("--calibration", &table),
+                        ("--out", &out),
+                    ];
+                    self.run(&arguments, &paths)?;
+                    list.push(out);
+                }
+            }
+            let eight = self.eval(model, &exact, &other, "int8")?;
+            let four = self.eval(model, &exact, &other, "int4")?;
+            let weights = self.eval(model, &rounded, &other, "f32")?;
+            for (((fold, _), eight), (four, weights)) in
+                FOLDS.iter().zip(&eight).zip(four.iter().zip(&weights))
+            {
+                let _ = writeln!(
+                    text,
+                    "| {what} | {fold} | {:.2e} | {:.1} % | {:.2e} | {:.1} % | {:.2e} |",
+                    number(eight, "kl"),
+                    100.0 * number(eight, "same_top"),
+                    number(four, "kl"),
+                    100.0 * number(four, "same_top"),
+                    number(weights, "kl")
+                );
+            }
+            for file in exact.iter().chain(&rounded) {
+                std::fs::remove_file(file).map_err(io_error("remove", file))?;
+            }
         }
         Ok(text)
     }
@@ -259,7 +329,7 @@ impl Bench<'_> {
                 &["quantize", "--quiet"],
                 &[("--policy", &policy), ("--model", &model), ("--out", &out)],
             )?;
-            let found = self.eval(&model, std::slice::from_ref(&out), &samples)?;
+            let found = self.eval(&model, std::slice::from_ref(&out), &samples, "f32")?;
             std::fs::remove_file(&out).map_err(io_error("remove", &out))?;
             let Some(v) = found.first() else { continue };
             let p = &v["pictures"];
@@ -279,6 +349,40 @@ impl Bench<'_> {
     }
 }
 
+/// Makes some components of each head of keys and values larger, in a checkpoint of f32.
+fn add_outliers(path: &Path, head: usize) -> Result<()> {
+    let bad = |found: &str| Error::Content {
+        place: path.display().to_string(),
+        wanted: "a safetensors file".into(),
+        found: found.into(),
+    };
+    let mut file = std::fs::read(path).map_err(io_error("read", path))?;
+    let length =
+        file.first_chunk::<8>().map(|b| u64::from_le_bytes(*b) as usize).ok_or_else(|| bad("no header"))?;
+    let (header, data) = file.split_at_mut_checked(8 + length).ok_or_else(|| bad("a short header"))?;
+    let header: Value =
+        serde_json::from_slice(header.get(8..).unwrap_or_default()).map_err(|e| bad(&e.to_string()))?;
+    let projections = |name: &str| name.contains(".self_attn.k_proj.") || name.contains(".self_attn.v_proj.");
+    let mut found = 0;
+    for (_, tensor) in header.as_object().into_iter().flatten().filter(|(name, _)| projections(name)) {
+        let number = |v: &Value| v.as_u64().unwrap_or(0) as usize;
+        let width = tensor["shape"].get(1).map_or(1, number).max(1);
+        let [from, to] = [0, 1].map(|i| number(&tensor["data_offsets"][i]));
+        let rows =
+            data.get_mut(from..to).ok_or_else(|| bad("offsets past the end"))?.chunks_exact_mut(4 * width);
+        for (_, row) in rows.enumerate().filter(|(row, _)| row % head % OUTLIERS.0 == OUTLIERS.0 / 2) {
+            for four in row.as_chunks_mut::<4>().0 {
+                *four = (f32::from_le_bytes(*four) * OUTLIERS.1).to_le_bytes();
+            }
+        }
+        found += 1;
+    }
+    if found == 0 {
+        return Err(bad("no projections of keys and values"));
+    }
+    std::fs::write(path, file).map_err(io_error("write", path))
+}
+
 /// The section of the report.
 pub fn section(peer: Option<&Path>, quick: bool) -> Result<String> {
     let bench =
@@ -294,19 +398,29 @@ pub fn section(peer: Option<&Path>, quick: bool) -> Result<String> {
          whose channels differ (standard deviation 0.5). Ratios count, not sizes: an untrained model amplifies errors.\n\n\
          The decoder: {layers} layers, {hidden} wide, MLP {inner}, 1024 tokens; {} predictions. llama.cpp's files come from \
          its own quantiser (`peers quantize --pure`, no importance matrix), ours from the same F32 GGUF file: plain \
-         rounding, and search, GPTQ and AWQ with a calibration table of other samples. `pocketglm eval` judges all; every \
+         rounding (with attention's values rotated as well), and search, GPTQ and AWQ with a calibration table of other \
+         samples. `pocketglm eval` judges all; every \
          matrix has the format, the embedding table and the head too. Formats whose name begins with Q are GGUF's, with \
          the same bits on both sides.\n\n",
         prompts.0 * (prompts.1 - 1)
     );
     let text = bench.text()?;
+    let cache = format!(
+        "\nThe cache by format, and what is folded into the weights around it (F32, so that nothing else is lost), against \
+         a cache in f32. In the second model, of the same sizes, every {}th component of a head's keys and values is {} times as \
+         large. The last column has the cache in f32 and int4-row weights, of the least squared error, before and \
+         behind the values.\n\n{}",
+        OUTLIERS.0,
+        OUTLIERS.1,
+        bench.cache()?
+    );
     let middle = format!(
         "\nThe vision encoder: {blocks} blocks, {width} wide, two pictures (640x97, 113x450), a decoder of {} layer in bf16. \
          The merger's rows against those of the original (bf16), and what the difference does to the decoder's \
          predictions.\n\n",
         bench.sizes.vision.layers
     );
-    Ok(intro + &text + &middle + &bench.vision()?)
+    Ok(intro + &text + &cache + &middle + &bench.vision()?)
 }
 
 #[cfg(test)]
@@ -318,8 +432,10 @@ mod tests {
         let text = section(None, true).unwrap();
         let rows: Vec<&str> =
             text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
-        // Nine formats with four methods each, and those of the vision encoder but F16.
-        assert_eq!(rows.len(), 9 * 4 + 1, "{text}");
+        // Nine formats with five methods each, and those of the vision encoder but F16.
+        assert_eq!(rows.len(), 9 * 5 + 1, "{text}");
+        let cache = text.lines().filter(|l| l.starts_with("| alike") || l.starts_with("| with outliers"));
+        assert_eq!(cache.count(), 2 * FOLDS.len(), "{text}");
         assert!(!text.contains("NaN"), "{text}");
     }
 }

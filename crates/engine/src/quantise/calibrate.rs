@@ -10,7 +10,7 @@ use pocketglm_quant::stats::ChannelStats;
 
 use super::forward::Forward;
 use super::policy::matches;
-use super::table::{InputStats, fingerprint, write};
+use super::table::{InputStats, RowSample, fingerprint, matrix_values, write};
 use super::{CalibrationTable, Samples};
 use crate::model::vision_encoder;
 use crate::prompt::Encodable;
@@ -80,7 +80,13 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn declare(&mut self, taps: Vec<Tap>, options: &CalibrateOptions) -> Result<()> {
+    /// Of inputs whose name is `sampled` some rows are kept.
+    fn declare(
+        &mut self,
+        taps: Vec<Tap>,
+        sampled: fn(&str) -> bool,
+        options: &CalibrateOptions,
+    ) -> Result<()> {
         for tap in taps {
             let wanted = options.second_moments.iter().any(|p| tap.weights.iter().any(|w| matches(p, w)));
             let bytes = (tap.channels as u64).saturating_mul(tap.channels as u64).saturating_mul(4);
@@ -89,8 +95,9 @@ impl Gathered {
             self.left_bytes -= if full { bytes } else { 0 };
             let stats = ChannelStats::new(tap.channels, full)
                 .map_err(|source| Error::Statistics { tensor: tap.output.clone(), source })?;
+            let rows = sampled(&tap.output).then(RowSample::default);
             self.by_output.insert(tap.output, self.inputs.len());
-            self.inputs.push(InputStats { weights: tap.weights, stats });
+            self.inputs.push(InputStats { weights: tap.weights, stats, rows });
         }
         Ok(())
     }
@@ -101,6 +108,8 @@ impl Gathered {
             if let Some(input) = input {
                 let added = input.stats.add(&engine.inner.cpu, &output.values);
                 added.map_err(|source| Error::Statistics { tensor: name, source })?;
+                let k = input.stats.channels();
+                input.rows.iter_mut().for_each(|sample| sample.add(k, &output.values));
             }
         }
         Ok(())
@@ -111,7 +120,8 @@ impl Gathered {
 ///
 /// # Errors
 /// As [`Engine::open`] and [`Engine::prompt`]; as [`OutFile::check`] for the table's name, [`Error::Samples`],
-/// [`Error::Statistics`] for activations that are not finite, [`Error::Cancelled`].
+/// [`Error::Statistics`] for activations that are not finite, [`Error::Calibration`] for a pattern of second moments that names no
+/// weight, [`Error::Cancelled`].
 pub fn calibrate(
     model: impl AsRef<Path>,
     samples: &Samples,
@@ -130,11 +140,22 @@ pub fn calibrate(
         left_bytes: options.second_moments_bytes,
     };
     let (graph, taps) = decoder_taps(&engine)?;
-    gathered.declare(taps, options)?;
+    gathered.declare(taps, is_cache, options)?;
     let weights = engine.inner.model.weights.clone();
     let program = engine.inner.backend.compile(&graph, weights)?;
     let mut vision = VisionTaps::new(&engine)?;
-    gathered.declare(vision.taps.clone(), options)?;
+    gathered.declare(vision.taps.clone(), |_| false, options)?;
+
+    for pattern in &options.second_moments {
+        let weights = || gathered.inputs.iter().flat_map(|i| &i.weights);
+        if !weights().any(|w| matches(pattern, w)) {
+            let example = weights().next().map_or("", String::as_str);
+            let what = format!(
+                "`{pattern}` (--second-moments) names no weight of a linear layer, such as `{example}`"
+            );
+            return Err(Error::Calibration { path: target.path().to_owned(), what });
+        }
+    }
 
     let (mut tokens, mut pictures) = (0, 0);
     for (i, request) in requests.iter().enumerate() {
@@ -161,7 +182,9 @@ pub fn calibrate(
     let inputs = &gathered.inputs;
     target.check()?;
     let out = target.path();
-    write(out, &fingerprint(&engine.inner.model)?, samples.hash(), tokens, pictures, inputs)?;
+    let model = &engine.inner.model;
+    let of = (fingerprint(model)?, matrix_values(model)?);
+    write(out, (&of.0, &of.1), samples.hash(), tokens, pictures, inputs)?;
     // Read back, so that a table that cannot be used is noticed here.
     CalibrationTable::open(out)?.check(&engine.inner.model)?;
     Ok(Calibrated {
@@ -179,6 +202,11 @@ fn report(options: &EngineOptions, done: usize, total: usize) {
     if let Some(progress) = &options.progress {
         progress(Progress { step: "calibrate", done, total });
     }
+}
+
+/// Whether a name is that of a cache, and not that of a weight or of queries.
+fn is_cache(name: &str) -> bool {
+    name.ends_with(".self_attn.k") || name.ends_with(".self_attn.v")
 }
 
 /// The decoder with the inputs of its linear layers, and what goes into its caches, as results.

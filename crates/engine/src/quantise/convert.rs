@@ -8,13 +8,15 @@ use pocketglm_checkpoint::{PglmContents, PglmWriter, first_non_finite};
 use pocketglm_graph::passes::NormedLinears;
 use pocketglm_quant::awq::{AwqLinear, AwqOptions, Moments, awq};
 use pocketglm_quant::gptq::{Feedback, GptqOptions};
-use pocketglm_quant::{RowOptions, dequantise_row, quantise_row};
-use pocketglm_tensor::{Cpu, Tensor, TensorInfo, WeightSource};
+use pocketglm_quant::hadamard::Rotation;
+use pocketglm_quant::{RowOptions, dequantise_row, quantise_row, range};
+use pocketglm_tensor::{Cpu, DType, Group, Tensor, TensorInfo, WeightSource};
 
 use super::kv_scales::{Scaling, kv_scales};
 use super::maker::Maker;
 use super::plan::{Planned, QuantPlan, TensorPlan, plan};
 use super::policy::{Method, Policy};
+use super::rotate::{Turn, rotate_mean_squares, rotate_moments, rotate_rows};
 use super::subject::Opened;
 use super::table::CalibrationTable;
 use super::verify::verify;
@@ -39,12 +41,14 @@ pub struct QuantiseOptions {
     pub mmproj: Option<PathBuf>,
     /// What [`calibrate`](super::calibrate) wrote for this model.
     pub calibration: Option<PathBuf>,
-    /// Whether scales of the KV cache's components, from the calibration table, are folded into the weights around it:
-    /// a cache of 8 or 4 bits is then more exact, and results in f32 are the same.
+    /// Whether scales of the KV cache's components, from the calibration table, are folded into the weights around it,
+    /// for heads that then lose less on what calibration saw in a cache of 8 and of 4 bits. Results in f32 are the same.
     pub kv_scales: bool,
     /// Whether the inputs of quantised matrices get the fixed ranges of the calibration table; else each block of an
     /// input has the range of its values. Only for `.pglm` files.
     pub static_inputs: bool,
+    /// Whether the plan's bytes are those of GGUF files, whose matrices are rows, not of a `.pglm` file's panels.
+    pub gguf: bool,
     /// Whether a quantised tensor may be quantised again.
     pub force_requantise: bool,
     /// Whether a file that stands under the target's name is replaced.
@@ -68,6 +72,7 @@ impl QuantiseOptions {
             calibration: None,
             kv_scales: false,
             static_inputs: false,
+            gguf: false,
             force_requantise: false,
             overwrite: false,
             inputs: Vec::new(),
@@ -90,6 +95,8 @@ pub struct Quantiser {
     folds: Vec<Fold>,
     /// What tensors around the KV cache are multiplied with.
     kv: HashMap<String, Scaling>,
+    /// What is rotated, by name.
+    turns: HashMap<String, Turn>,
     /// The prepared second moments of the input that was needed last, by its name.
     feedback: Mutex<Option<(String, Arc<Feedback>)>>,
 }
@@ -128,8 +135,8 @@ impl Quantiser {
                 what: format!("{method} needs a calibration table, which a speech checkpoint cannot have"),
             },
         };
-        let planned = plan(subject, &options.policy, table.as_ref(), options.force_requantise);
-        let Planned { plan, folds } = planned.map_err(|error| match error {
+        let planned = plan(subject, &options.policy, table.as_ref(), options.force_requantise, options.gguf);
+        let Planned { plan, folds, turns } = planned.map_err(|error| match error {
             Error::NoCalibration { method, tensor } => needed(method, &tensor),
             other => other,
         })?;
@@ -137,14 +144,20 @@ impl Quantiser {
         if options.static_inputs && table.is_none() {
             return Err(needed("--static-inputs", first));
         }
+        let cpu = Cpu::new(options.threads)?;
         let kv = match (&table, options.kv_scales) {
             (_, false) => HashMap::new(),
             (None, true) => return Err(needed("--kv-scales", first)),
             (Some(table), true) => match subject.model() {
-                Some(model) => kv_scales(model, table)?,
+                Some(model) => kv_scales(&cpu, model, table, options.policy.rotate)?,
                 None => HashMap::new(),
             },
         };
+        if options.static_inputs && !turns.is_empty() {
+            let what = "the table has no ranges of rotated inputs; write a file with the rotation alone (--policy F32 \
+                        --rotate), calibrate that, and fix the inputs of what is made of it";
+            return Err(Error::Policy { policy: plan.policy, what: what.into() });
+        }
         let quantised =
             plan.tensors.iter().find(|t| kv.contains_key(&t.name) && t.from.is_quantised() && t.from == t.to);
         if let Some(t) = quantised.filter(|_| !options.force_requantise) {
@@ -153,9 +166,8 @@ impl Quantiser {
         }
         let by_name = plan.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let folds = folds.into_iter().map(|linears| Fold { linears, scales: OnceLock::new() }).collect();
-        let cpu = Cpu::new(options.threads)?;
         let (path, feedback) = (path.to_owned(), Mutex::new(None));
-        let this = Quantiser { opened, path, cpu, options, table, plan, by_name, folds, kv, feedback };
+        let this = Quantiser { opened, path, cpu, options, table, plan, by_name, folds, kv, turns, feedback };
         // What the table lacks is said before anything is written.
         this.input_ranges()?;
         Ok(this)
@@ -287,13 +299,13 @@ impl Quantiser {
                 self.check_copied(&t.name, 0, &tensor)?;
                 tensor.bytes().chunks(BATCH_BYTES).try_for_each(|piece| {
                     self.check_cancelled()?;
-                    sink(piece, piece.len() as u64)
+                    sink(piece, read(t, piece, &tensor))
                 })
             }
             Prepared::Rows(rows, tensor) => {
                 for (batch, bytes) in tensor.bytes().chunks(rows.batch * rows.stored).enumerate() {
                     self.check_cancelled()?;
-                    let read = bytes.len() as u64;
+                    let read = read(t, bytes, &tensor);
                     let mut made = rows.quantise(batch * rows.batch, bytes)?.into_iter().peekable();
                     while let Some(part) = made.next() {
                         sink(&part, if made.peek().is_none() { read } else { 0 })?;
@@ -319,7 +331,7 @@ impl Quantiser {
 
     /// Opens a tensor and finds out what has to be done with it.
     pub(super) fn prepare<'a>(&'a self, t: &'a TensorPlan) -> Result<Prepared<'a>> {
-        let tensor = self.opened.subject().weights().tensor(&t.name)?;
+        let tensor = self.source(&t.name)?;
         let fold = self.folds.iter().find(|f| f.linears.norm == t.name);
         if let Some(fold) = fold {
             let scales = self.scales(fold)?;
@@ -336,7 +348,8 @@ impl Quantiser {
                 .map_err(|source| self.failed(&t.name, 0, source))?;
             return Ok(Prepared::Bytes(bytes));
         }
-        if t.from == t.to && !self.kv.contains_key(&t.name) {
+        let columns = matches!(self.turns.get(&t.name), Some(Turn::Columns(_)));
+        if tensor.dtype() == t.to && !columns && !self.kv.contains_key(&t.name) {
             return Ok(Prepared::Copy(tensor));
         }
         Ok(Prepared::Rows(Rows::new(self, t, &tensor)?, tensor))
@@ -364,6 +377,17 @@ impl Quantiser {
         Error::Quantise { place, tensor: tensor.to_owned(), row, source: Box::new(source) }
     }
 
+    /// A tensor as it is stored, or in f32 with its rows rotated.
+    fn source(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.opened.subject().weights().tensor(name)?;
+        match self.turns.get(name) {
+            Some(Turn::Rows(rows, rotation)) => {
+                rotate_rows(&|row, source| self.failed(name, row, source), &tensor, rows, rotation)
+            }
+            _ => Ok(tensor),
+        }
+    }
+
     pub(super) fn check_cancelled(&self) -> Result<()> {
         if self.options.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
@@ -379,7 +403,7 @@ impl Quantiser {
         let mut samples = Vec::new();
         let mut k = 0;
         for name in &fold.linears.weights {
-            let tensor = self.opened.subject().weights().tensor(name)?;
+            let tensor = self.source(name)?;
             k = tensor.shape().last().copied().unwrap_or(0);
             let dtype = self
                 .by_name
@@ -419,6 +443,10 @@ impl Quantiser {
                 row.iter_mut().zip(scales.iter()).for_each(|(m, t)| *m /= s * t);
             }
         }
+        if let Some(Turn::Columns(rotation)) = self.turns.get(&t.name) {
+            rotate_moments(moments.to_mut(), k, rotation)
+                .map_err(|source| Error::Statistics { tensor: t.name.clone(), source })?;
+        }
         let feedback = Feedback::new(&self.cpu, &moments, k, &GptqOptions::default())
             .map_err(|source| Error::Statistics { tensor: t.name.clone(), source })?;
         let feedback = Arc::new(feedback);
@@ -427,8 +455,16 @@ impl Quantiser {
     }
 }
 
+/// The part of the bytes before that `piece` stands for: a rotated tensor is not as it is stored.
+fn read(t: &TensorPlan, piece: &[u8], all: &Tensor) -> u64 {
+    (u128::from(t.bytes_before) * piece.len() as u128 / all.bytes().len().max(1) as u128) as u64
+}
+
 /// At most [`AWQ_ROWS`] rows, evenly spread.
-fn sample_rows(tensor: &Tensor, failed: &dyn Fn(usize, pocketglm_quant::Error) -> Error) -> Result<Vec<f32>> {
+pub(super) fn sample_rows(
+    tensor: &Tensor,
+    failed: &dyn Fn(usize, pocketglm_quant::Error) -> Error,
+) -> Result<Vec<f32>> {
     let k = tensor.shape().last().copied().unwrap_or(0);
     let stored = tensor.dtype().row_bytes(k).unwrap_or(0).max(1);
     let n = tensor.bytes().len() / stored;
@@ -455,6 +491,8 @@ pub(super) enum Prepared<'a> {
 pub(super) struct Rows<'a> {
     of: &'a Quantiser,
     plan: &'a TensorPlan,
+    /// The type of what is read.
+    from: DType,
     pub k: usize,
     /// Bytes of a row as it is read.
     pub stored: usize,
@@ -463,14 +501,19 @@ pub(super) struct Rows<'a> {
     /// What the columns, and the rows, are multiplied with.
     scales: Option<Arc<Vec<f32>>>,
     row_scales: Option<Arc<Vec<f32>>>,
+    /// How the columns are rotated.
+    turn: Option<Arc<Rotation>>,
     importance: Option<Vec<f32>>,
+    /// Smallest and largest value of a matrix with one scale.
+    range: Option<(f32, f32)>,
     feedback: Option<Arc<Feedback>>,
 }
 
 impl<'a> Rows<'a> {
     fn new(of: &'a Quantiser, plan: &'a TensorPlan, tensor: &Tensor) -> Result<Rows<'a>> {
         let k = tensor.shape().last().copied().unwrap_or(1).max(1);
-        let stored = plan.from.row_bytes(k).unwrap_or(0).max(1);
+        let from = tensor.dtype();
+        let stored = from.row_bytes(k).unwrap_or(0).max(1);
         let scales = of.column_scales(&plan.name)?;
         let row_scales = match of.kv.get(&plan.name) {
             Some(Scaling::Rows(scales)) => Some(scales.clone()),
@@ -484,12 +527,36 @@ impl<'a> Rows<'a> {
             // The input that the scaled weights meet is divided by the scales.
             importance.iter_mut().zip(scales.iter()).for_each(|(i, s)| *i /= s * s);
         }
+        let turn = match of.turns.get(&plan.name) {
+            Some(Turn::Columns(rotation)) => Some(rotation.clone()),
+            _ => None,
+        };
+        if let (Some(importance), Some(rotation)) = (&mut importance, &turn) {
+            rotate_mean_squares(importance, rotation);
+        }
         let feedback = match plan.method {
             Some(Method::Gptq) => Some(of.feedback(plan, k)?),
             _ => None,
         };
         let batch = (BATCH_VALUES / k).max(1);
-        Ok(Rows { of, plan, k, stored, batch, scales, row_scales, importance, feedback })
+        let range = None;
+        let mut rows =
+            Rows { of, plan, from, k, stored, batch, scales, row_scales, turn, importance, range, feedback };
+        if matches!(plan.to, DType::Affine(a) if a.group() == Group::Tensor) {
+            rows.range = Some(rows.whole_range(tensor)?);
+        }
+        Ok(rows)
+    }
+
+    /// The smallest and the largest of all values, as they are quantised; of none, zeros.
+    fn whole_range(&self, tensor: &Tensor) -> Result<(f32, f32)> {
+        let (mut values, mut whole) = (vec![0.0; self.k], (0.0f32, 0.0f32));
+        for (row, bytes) in tensor.bytes().chunks_exact(self.stored).enumerate() {
+            let of_row = self.values(row, bytes, &mut values).and_then(|()| range(&values));
+            let (least, most) = of_row.map_err(|source| self.failed(row, source))?;
+            whole = (whole.0.min(least), whole.1.max(most));
+        }
+        Ok(whole)
     }
 
     /// The new bytes of some rows, in parts; `first` is the first one's number.
@@ -518,12 +585,15 @@ impl<'a> Rows<'a> {
             None | Some(Method::Round) => pocketglm_quant::Method::Round,
             Some(_) => pocketglm_quant::Method::Search,
         };
-        RowOptions { method, importance: self.importance.as_deref() }
+        RowOptions { method, importance: self.importance.as_deref(), range: self.range }
     }
 
     /// The values of a row from its bytes, scaled.
     pub fn values(&self, row: usize, bytes: &[u8], values: &mut [f32]) -> pocketglm_quant::Result<()> {
-        dequantise_row(self.plan.from, bytes, values)?;
+        dequantise_row(self.from, bytes, values)?;
+        if let Some(rotation) = &self.turn {
+            rotation.rotate_rows(values)?;
+        }
         if let Some(scales) = &self.scales {
             values.iter_mut().zip(scales.iter()).for_each(|(v, s)| *v *= s);
         }

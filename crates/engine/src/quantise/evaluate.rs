@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use pocketglm_tensor::{KvFormat, WeightSource};
 
 use super::forward::Forward;
-use super::plan::plan;
+use super::plan::{panel_bytes, plan};
 use super::samples::begin;
 use super::subject::Subject;
 use super::verify::verify;
@@ -48,7 +48,7 @@ impl Default for EvalOptions {
 pub struct Reference {
     /// Its folder or file.
     pub path: PathBuf,
-    /// Bytes of its tensors.
+    /// Bytes of its tensors as they are stored.
     pub bytes: u64,
     /// Stored bits of a value.
     pub bits_per_weight: f64,
@@ -61,7 +61,7 @@ pub struct Reference {
 pub struct Evaluation {
     /// Its folder or file.
     pub path: PathBuf,
-    /// Bytes of its tensors.
+    /// Bytes of its tensors as they are stored.
     pub bytes: u64,
     /// Stored bits of a value.
     pub bits_per_weight: f64,
@@ -200,7 +200,7 @@ pub fn evaluate(
 ) -> Result<(Reference, Vec<Evaluation>)> {
     let path = reference.as_ref();
     let engine = Engine::open(path, options.engine.clone())?;
-    let (bytes, bits_per_weight) = size(&engine);
+    let (bytes, bits_per_weight) = size(&engine)?;
     let mut of = Reference { path: path.to_owned(), bytes, bits_per_weight, perplexity: f64::NAN };
     let mut all = Vec::new();
     let mut judge = |path: &Path, other: &Engine, (bytes, bits_per_weight): (u64, f64)| -> Result<()> {
@@ -229,7 +229,7 @@ pub fn evaluate(
     for model in models {
         let other = Engine::open(model, EngineOptions { kv: options.kv, ..options.engine.clone() })?;
         verify(other.inner.model.weights.source(), None, &options.cancel)?;
-        let size = size(&other);
+        let size = size(&other)?;
         judge(model, &other, size)?;
     }
     for simulation in &options.simulate {
@@ -238,7 +238,7 @@ pub fn evaluate(
         let simulated = EngineOptions { simulate, kv: options.kv, ..options.engine.clone() };
         // Says first what cannot be simulated; a plan would ask for what a file needs.
         let simulated = Engine::open(path, simulated)?;
-        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false)?.plan;
+        let planned = plan(Subject::Model(&engine.inner.model), policy, None, false, false)?.plan;
         let fixed = if simulation.static_inputs.is_some() { ", fixed inputs" } else { "" };
         let name = PathBuf::from(format!("policy {}{fixed}", policy.name));
         judge(&name, &simulated, (planned.bytes(), planned.bits_per_weight()))?;
@@ -246,12 +246,20 @@ pub fn evaluate(
     Ok((of, all))
 }
 
-/// Bytes of the tensors that a model uses, and bits of a value.
-fn size(engine: &Engine) -> (u64, f64) {
-    let tensors = engine.inner.model.weights.tensors();
-    let bytes: u64 = tensors.iter().map(|t| t.bytes() as u64).sum();
+/// Stored bytes of the tensors that a model uses, and bits of a value.
+fn size(engine: &Engine) -> Result<(u64, f64)> {
+    let weights = &engine.inner.model.weights;
+    let tensors = weights.tensors();
+    let mut bytes = 0;
+    for t in &tensors {
+        let panels = match weights.packed(&t.name)? {
+            Some(_) => panel_bytes(t.dtype, &t.shape)?,
+            None => None,
+        };
+        bytes += panels.unwrap_or(t.bytes() as u64);
+    }
     let values: u64 = tensors.iter().map(|t| t.elements() as u64).sum();
-    (bytes, bytes as f64 * 8.0 / values.max(1) as f64)
+    Ok((bytes, bytes as f64 * 8.0 / values.max(1) as f64))
 }
 
 fn compare(

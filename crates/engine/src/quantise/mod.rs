@@ -15,6 +15,7 @@ mod kv_scales;
 mod maker;
 mod plan;
 mod policy;
+mod rotate;
 mod samples;
 mod simulate;
 mod subject;

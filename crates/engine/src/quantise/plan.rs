@@ -3,9 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use pocketglm_graph::passes::{NormedLinears, normed_linears};
-use pocketglm_tensor::{DType, Packed, PackedFormat, TensorInfo};
+use pocketglm_tensor::{DType, Group, Packed, PackedFormat, TensorInfo};
 
 use super::policy::{Assignment, Method, Policy};
+use super::rotate::{Turn, pairs};
 use super::subject::Subject;
 use super::table::CalibrationTable;
 use crate::{Error, Result};
@@ -25,10 +26,12 @@ pub struct TensorPlan {
     pub method: Option<Method>,
     /// Bytes in the file that is read.
     pub bytes_before: u64,
-    /// Bytes in the file that is written.
+    /// Bytes in the file that is written: of a `.pglm` file those of the kernels' panels.
     pub bytes: u64,
     /// Bytes in memory when the model runs: quantised matrices are arranged for the kernels, with some padding.
     pub memory: u64,
+    /// Whether its rows or columns are rotated.
+    pub rotated: bool,
     /// What is not as the policy says, and why.
     pub note: Option<String>,
 }
@@ -52,6 +55,8 @@ pub struct QuantPlan {
     pub policy: String,
     /// The tensors in the order in which they are written.
     pub tensors: Vec<TensorPlan>,
+    /// What is not as the policy asks, beyond single tensors.
+    pub warnings: Vec<String>,
 }
 
 impl QuantPlan {
@@ -90,9 +95,11 @@ pub(super) struct Planned {
     pub plan: QuantPlan,
     /// The norms whose linear layers are all made by [`Method::Awq`].
     pub folds: Vec<NormedLinears>,
+    /// What is rotated, by name.
+    pub turns: HashMap<String, Turn>,
 }
 
-/// The plan for a model under a policy.
+/// The plan for a model under a policy, for a `.pglm` file or for `gguf`.
 ///
 /// # Errors
 /// [`Error::Policy`], [`Error::AlreadyQuantised`], [`Error::NoCalibration`].
@@ -101,6 +108,7 @@ pub(super) fn plan(
     policy: &Policy,
     table: Option<&CalibrationTable>,
     force_requantise: bool,
+    gguf: bool,
 ) -> Result<Planned> {
     let graph = subject.graph()?;
     let info = |name: String| -> Result<TensorInfo> {
@@ -131,7 +139,18 @@ pub(super) fn plan(
             });
         }
     }
-    let folds = settle_methods(&candidates, &mut made, normed_linears(&graph), table)?;
+    let mut warnings = policy.shadowed(&candidates, subject.layers());
+    let folds = settle_methods(
+        subject,
+        &candidates,
+        &mut made,
+        normed_linears(&graph),
+        table,
+        policy,
+        &mut warnings,
+    )?;
+    let turns =
+        if policy.rotate { rotations(subject, policy, &candidates, &mut made)? } else { HashMap::new() };
     let folded: HashSet<&str> = folds.iter().map(|f| f.norm.as_str()).collect();
 
     let mut tensors = Vec::new();
@@ -140,19 +159,20 @@ pub(super) fn plan(
         let made = made.remove(&name);
         let (to, method, note) = match made {
             Some(Assignment { dtype, method, note }) => (dtype, method, note),
-            // A norm that takes up scales needs their precision.
-            None if folded.contains(name.as_str()) => (DType::F32, None, None),
+            // A norm that takes up scales needs their precision, and so does a bias that is rotated.
+            None if folded.contains(name.as_str()) || turns.contains_key(&name) => (DType::F32, None, None),
             None => (stored.dtype, None, None),
         };
-        let bytes = to.bytes(&shape).unwrap_or(0) as u64;
+        let rows = to.bytes(&shape).unwrap_or(0) as u64;
         // The head of a tied model is the embedding table, which then stays as it is and is packed besides.
-        let memory = match (PackedFormat::of(to), shape.as_slice(), subject.table(&name)) {
-            (Some(format), &[rows, k], None) => Packed::bytes_for(format, rows, k)? as u64,
-            (Some(format), &[rows, k], Some(true)) => bytes + Packed::bytes_for(format, rows, k)? as u64,
-            _ => bytes,
+        let (bytes, memory) = match (panel_bytes(to, &shape)?, subject.table(&name)) {
+            (Some(panels), None) => (if gguf { rows } else { panels }, panels),
+            (Some(panels), Some(true)) => (rows, rows + panels),
+            _ => (rows, rows),
         };
         let bytes_before = stored.bytes() as u64;
         tensors.push(TensorPlan {
+            rotated: turns.contains_key(&name),
             name,
             shape,
             from: stored.dtype,
@@ -164,16 +184,82 @@ pub(super) fn plan(
             note,
         });
     }
-    Ok(Planned { plan: QuantPlan { policy: policy.name.clone(), tensors }, folds })
+    Ok(Planned { plan: QuantPlan { policy: policy.name.clone(), tensors, warnings }, folds, turns })
+}
+
+/// Bytes of a matrix as kernels read it, which is how `.pglm` files hold it; `None` for what is not quantised.
+pub(super) fn panel_bytes(dtype: DType, shape: &[usize]) -> Result<Option<u64>> {
+    match (PackedFormat::of(dtype), shape) {
+        (Some(format), &[rows, k]) => Ok(Some(Packed::bytes_for(format, rows, k)? as u64)),
+        _ => Ok(None),
+    }
+}
+
+/// What a policy rotates: pairs of matrices neither of which stays in a type that the rotation would round once more.
+fn rotations(
+    subject: Subject<'_>,
+    policy: &Policy,
+    candidates: &[TensorInfo],
+    made: &mut HashMap<String, Assignment>,
+) -> Result<HashMap<String, Turn>> {
+    let wrong = |what: &str| Error::Policy { policy: policy.name.clone(), what: what.into() };
+    let Some(model) = subject.model() else {
+        return Err(wrong("`rotate` is for models that answer, found a speech checkpoint"));
+    };
+    let stored: HashMap<&str, DType> = candidates.iter().map(|i| (i.name.as_str(), i.dtype)).collect();
+    let mut turns = HashMap::new();
+    for pair in pairs(model)? {
+        let stays = [&pair.values, &pair.output].into_iter().find_map(|name| {
+            let (from, to) = (*stored.get(name.as_str())?, made.get(name)?.dtype);
+            (from == to && to != DType::F32).then(|| format!("not rotated: `{name}` stays {to}"))
+        });
+        match stays {
+            None => turns.extend(pair.turns()),
+            Some(why) => {
+                made.get_mut(&pair.values).into_iter().for_each(|a| add_note(a, why.clone()));
+            }
+        }
+    }
+    match turns.is_empty() {
+        true => Err(wrong(
+            "`rotate` finds nothing to rotate: no pair of matrices around attention gets other types",
+        )),
+        false => Ok(turns),
+    }
+}
+
+fn add_note(a: &mut Assignment, note: String) {
+    a.note = Some(a.note.take().map_or(note.clone(), |before| format!("{before}; {note}")));
 }
 
 /// Replaces methods that cannot be had for a tensor by a search, with a note, and gives the norms that take up scales.
+///
+/// # Errors
+/// [`Error::NoCalibration`], and [`Error::Policy`] where no tensor that GPTQ or AWQ is asked for can have it.
 fn settle_methods(
+    subject: Subject<'_>,
     candidates: &[TensorInfo],
     made: &mut HashMap<String, Assignment>,
     normed: Vec<NormedLinears>,
     table: Option<&CalibrationTable>,
+    policy: &Policy,
+    warnings: &mut Vec<String>,
 ) -> Result<Vec<NormedLinears>> {
+    // A table of which rows are read has no input, and is never meant.
+    let meant: Vec<&String> =
+        candidates.iter().map(|i| &i.name).filter(|n| subject.table(n).is_none()).collect();
+    let asked = |made: &HashMap<String, Assignment>, method: Method| {
+        meant.iter().filter(|name| made.get(**name).is_some_and(|a| a.method == Some(method))).count()
+    };
+    for info in candidates {
+        let Some(a) = made.get_mut(&info.name) else { continue };
+        let whole = matches!(a.dtype, DType::Affine(f) if f.group() == Group::Tensor);
+        if let Some(method @ (Method::Search | Method::Gptq)) = a.method.filter(|_| whole) {
+            a.method = Some(Method::Round);
+            add_note(a, format!("round for {method}: one scale for the whole matrix"));
+        }
+    }
+    let wanted = [Method::Gptq, Method::Awq].map(|method| (method, asked(made, method)));
     for info in candidates {
         let Some(a) = made.get_mut(&info.name) else { continue };
         let Some(method @ (Method::Gptq | Method::Awq)) = a.method else { continue };
@@ -202,11 +288,26 @@ fn settle_methods(
             replace(a, Method::Awq, "no norm before it that could take up the scales");
         }
     }
+    for (method, wanted) in wanted.into_iter().filter(|(_, wanted)| *wanted > 0) {
+        let got = asked(made, method);
+        let why = meant.iter().filter_map(|name| Some((name, made.get(*name)?.note.as_ref()?)));
+        let why = why.into_iter().find(|(_, note)| note.contains(&format!("for {method}:")));
+        let why = why.map(|(name, note)| format!("; `{name}`: {note}")).unwrap_or_default();
+        if got == 0 {
+            let hint = if method == Method::Gptq { " (`calibrate --second-moments`)" } else { "" };
+            let what = format!(
+                "{method} is possible for none of the {wanted} tensors that it is asked for{why}{hint}"
+            );
+            return Err(Error::Policy { policy: policy.name.clone(), what });
+        }
+        if got < wanted {
+            warnings.push(format!("{method} makes {got} of the {wanted} tensors that it is asked for{why}"));
+        }
+    }
     Ok(folds)
 }
 
 fn replace(a: &mut Assignment, method: Method, why: &str) {
     a.method = Some(Method::Search);
-    let note = format!("search for {method}: {why}");
-    a.note = Some(a.note.take().map_or(note.clone(), |before| format!("{before}; {note}")));
+    add_note(a, format!("search for {method}: {why}"));
 }

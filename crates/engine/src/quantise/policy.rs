@@ -55,7 +55,7 @@ impl Method {
     /// What a format is made with unless something else is said: eight bits gain nothing from a search.
     fn of(dtype: DType) -> Method {
         match dtype {
-            DType::Affine(a) if a.bits() < 8 => Method::Search,
+            DType::Affine(a) if a.bits() < 8 && a.group() != Group::Tensor => Method::Search,
             DType::Block(b) if b != Block::Q8_0 => Method::Search,
             _ => Method::Round,
         }
@@ -102,6 +102,8 @@ pub struct Policy {
     pub name: String,
     /// The rules.
     pub rules: Vec<Rule>,
+    /// Whether attention's values are rotated by Hadamard matrices, which spreads outliers and changes nothing in f32.
+    pub rotate: bool,
 }
 
 /// What becomes of one matrix.
@@ -155,11 +157,14 @@ impl Policy {
             "int2" => mixed(INT2, INT4),
             other => {
                 let dtype = DType::from_name(other)?;
-                return (dtype.is_float() || dtype.is_quantised())
-                    .then(|| Policy { name: dtype.name().into(), rules: all(Format::To(dtype)) });
+                return (dtype.is_float() || dtype.is_quantised()).then(|| Policy {
+                    name: dtype.name().into(),
+                    rules: all(Format::To(dtype)),
+                    rotate: false,
+                });
             }
         };
-        Some(Policy { name: name.into(), rules })
+        Some(Policy { name: name.into(), rules, rotate: false })
     }
 
     /// A built-in policy by name, or a policy file.
@@ -180,8 +185,8 @@ impl Policy {
         Policy::from_json(spec, &read_capped(Path::new(spec), MAX_POLICY_BYTES)?)
     }
 
-    /// Reads `{"name": .., "rules": [{"tensors": pattern or list, "format": .., "method": .., "optional": ..}, ..]}`.
-    /// `place` is what errors call it.
+    /// Reads `{"name": .., "rotate": .., "rules": [{"tensors": pattern or list, "format": .., "method": ..,
+    /// "optional": ..}, ..]}`; all but `rules`, `tensors` and `format` may be left out. `place` is what errors call it.
     ///
     /// # Errors
     /// [`Error::Policy`] with the rule, what was wanted and what was found.
@@ -189,11 +194,12 @@ impl Policy {
         let wrong = |what: String| Error::Policy { policy: place.into(), what };
         let value: Value = serde_json::from_slice(json).map_err(|e| wrong(format!("not JSON: {e}")))?;
         let top = value.as_object().ok_or_else(|| wrong("expected an object with `rules`".into()))?;
-        only(top, &["name", "rules"]).map_err(wrong)?;
+        only(top, &["name", "rotate", "rules"]).map_err(wrong)?;
         let name = match top.get("name") {
             None => place,
             Some(name) => name.as_str().ok_or_else(|| wrong("`name` must be a string".into()))?,
         };
+        let rotate = flag(top, "rotate").map_err(wrong)?;
         let rules = top.get("rules").and_then(Value::as_array);
         let rules = rules.ok_or_else(|| wrong("expected a list `rules`".into()))?;
         if rules.is_empty() || rules.len() > MAX_RULES {
@@ -201,19 +207,45 @@ impl Policy {
         }
         let read = |(i, value)| Rule::from_json(value).map_err(|what| wrong(format!("rules[{i}]: {what}")));
         let rules = rules.iter().enumerate().map(read).collect::<Result<_>>()?;
-        Ok(Policy { name: name.into(), rules })
+        Ok(Policy { name: name.into(), rules, rotate })
     }
 
     /// The policy as [`Policy::from_json`] reads it.
     pub fn to_json(&self) -> String {
         let rules: Vec<Value> = self.rules.iter().map(Rule::to_json).collect();
-        json!({ "name": self.name, "rules": rules }).to_string()
+        let mut object = json!({ "name": self.name, "rules": rules });
+        if self.rotate {
+            object["rotate"] = json!(true);
+        }
+        object.to_string()
     }
 
     /// The same with one method for every rule.
     pub fn with_method(mut self, method: Method) -> Policy {
         self.rules.iter_mut().for_each(|rule| rule.method = Some(method));
         self
+    }
+
+    /// Which rules decide nothing because earlier ones name all that they name; optional ones may.
+    pub(crate) fn shadowed(&self, matrices: &[TensorInfo], layers: usize) -> Vec<String> {
+        let mut taken = vec![false; matrices.len()];
+        let mut said = Vec::new();
+        for (i, rule) in self.rules.iter().enumerate() {
+            let patterns = rule.patterns(layers);
+            let mut decides = false;
+            for (matrix, taken) in matrices.iter().zip(&mut taken) {
+                let free = !*taken && patterns.iter().any(|pattern| matches(pattern, &matrix.name));
+                *taken |= free;
+                decides |= free;
+            }
+            if !decides && !rule.optional {
+                said.push(format!(
+                    "rules[{i}] ({}) decides nothing: earlier rules name all that it names",
+                    patterns.join(", ")
+                ));
+            }
+        }
+        said
     }
 
     /// What becomes of each of `matrices`, in a model of so many decoder layers.
@@ -282,6 +314,14 @@ fn only(object: &Map<String, Value>, known: &[&str]) -> Result<(), String> {
     }
 }
 
+/// A key that is true or false, and false where it is not there.
+fn flag(object: &Map<String, Value>, key: &str) -> Result<bool, String> {
+    match object.get(key) {
+        None => Ok(false),
+        Some(v) => v.as_bool().ok_or_else(|| format!("`{key}` must be true or false, found {v}")),
+    }
+}
+
 impl Rule {
     fn from_json(value: &Value) -> Result<Rule, String> {
         let object = value.as_object().ok_or("expected an object")?;
@@ -314,11 +354,7 @@ impl Rule {
                 format!("unknown method {name}, expected {known}")
             })?),
         };
-        let optional = match object.get("optional") {
-            None => false,
-            Some(v) => v.as_bool().ok_or_else(|| format!("`optional` must be true or false, found {v}"))?,
-        };
-        Ok(Rule { tensors, format, method, optional })
+        Ok(Rule { tensors, format, method, optional: flag(object, "optional")? })
     }
 
     fn to_json(&self) -> Value {
@@ -452,6 +488,22 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_that_comes_too_late_is_named() {
+        let json = br#"{"rules": [{"tensors": "a*", "format": "Q8_0"}, {"tensors": "*", "format": "keep"},
+            {"tensors": "a.down", "format": "Q4_0"}, {"tensors": "c", "format": "keep", "optional": true}]}"#;
+        let policy = Policy::from_json("p", json).unwrap();
+        let all = [info("a.down", 32), info("b", 32)];
+        assert_eq!(
+            policy.shadowed(&all, 1),
+            ["rules[2] (a.down) decides nothing: earlier rules name all that it names"]
+        );
+        assert_eq!(policy.shadowed(&all[1..], 1).len(), 2, "the first one names nothing as well");
+        for name in BUILT_IN {
+            assert!(Policy::named(name).unwrap().shadowed(&all, 1).is_empty());
+        }
+    }
+
+    #[test]
     fn the_mixed_policy_has_more_bits_where_it_matters() {
         let layer = |i: usize, what: &str| info(&format!("model.language_model.layers.{i}.{what}"), 64);
         let all = [
@@ -476,8 +528,11 @@ mod tests {
     #[test]
     fn policies_are_read_back() {
         for name in BUILT_IN.iter().chain(&["Q4_K", "keep"]) {
-            let policy = Policy::named(name).unwrap().with_method(Method::Gptq);
-            assert_eq!(Policy::from_json("x", policy.to_json().as_bytes()).unwrap(), policy);
+            let mut policy = Policy::named(name).unwrap().with_method(Method::Gptq);
+            for rotate in [false, true] {
+                policy.rotate = rotate;
+                assert_eq!(Policy::from_json("x", policy.to_json().as_bytes()).unwrap(), policy);
+            }
         }
         assert_eq!(Policy::named("I64"), None);
     }
@@ -487,6 +542,7 @@ mod tests {
         assert!(error("[").contains("not JSON"));
         assert!(error("[]").contains("an object"));
         assert!(error(r#"{"rules": []}"#).contains("0 rules"));
+        assert!(error(r#"{"rotate": 1, "rules": []}"#).contains("`rotate` must be true or false"));
         assert!(error(r#"{"rule": []}"#).contains(r#"unknown key "rule""#));
         let rule = |inside: &str| error(&format!(r#"{{"rules": [{{{inside}}}]}}"#));
         assert!(rule(r#""format": "keep""#).contains("rules[0]: expected `tensors`"));

@@ -36,6 +36,9 @@ impl Simulation {
         place: &dyn Fn(&str) -> String,
     ) -> Result<Precisions> {
         let wrong = |what: String| Error::Policy { policy: self.policy.name.clone(), what };
+        if self.policy.rotate {
+            return Err(wrong("a rotation cannot be simulated: write a file with `quantize`".into()));
+        }
         let table = self.static_inputs.as_ref().map(CalibrationTable::open).transpose()?;
         if let Some(table) = &table {
             table.check_of(text, vision, weights)?;

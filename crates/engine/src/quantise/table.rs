@@ -1,16 +1,23 @@
 //! The calibration table: what the inputs of a model's linear layers look like on a user's samples.
 //!
 //! A safetensors file. For each input, under the name of the first weight that it meets, and for what goes into each
-//! KV cache, under the cache's name (`model.language_model.layers.N.self_attn.k`, `.v`): `{name}.min`, `.max`,
-//! `.mean_abs`, `.mean_squares`, each `[k]`, and `.second_moments [k, k]` where they were asked for and fit. The string
+//! KV cache and the queries that meet it, under the cache's name (`model.language_model.layers.N.self_attn.k`, `.v`, and
+//! `.q`): `{name}.min`, `.max`, `.mean_abs`, `.mean_squares`, each `[k]`, `.second_moments [k, k]` where they were asked
+//! for and fit, and for the caches some of the rows that were seen, `.rows [n, k]`. The string
 //! `pocketglm.calibration` under `__metadata__` is a JSON object with the version, the hashes of the model and of the
-//! samples, and for each input its weights, the rows seen, and its smallest and largest value.
+//! samples, some values of each matrix, and for each input its weights, the rows seen, and its smallest and largest value.
+//!
+//! A table belongs to a model with the same sizes, tensor names and vectors, and with the same matrices as far as both the
+//! model that was calibrated and the one at hand hold them unquantised: calibration may run on a quantised model, whose
+//! matrices say nothing of the original's. They are compared by some of their values, to the precision of bfloat16,
+//! since a model in another floating-point type is the same one.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use pocketglm_checkpoint::{ReadMode, SafetensorsFile, SafetensorsWriter};
 use pocketglm_glm::TextConfig;
+use pocketglm_quant::dequantise_row;
 use pocketglm_quant::stats::ChannelStats;
 use pocketglm_tensor::{DType, Tensor, TensorInfo, WeightSource};
 use pocketglm_vit::VisionConfig;
@@ -21,12 +28,19 @@ use crate::model::Model;
 use crate::{Error, Result};
 
 const METADATA: &str = "pocketglm.calibration";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const MIN: &str = "min";
 const MAX: &str = "max";
 const MEAN_ABS: &str = "mean_abs";
 const MEAN_SQUARES: &str = "mean_squares";
 const SECOND_MOMENTS: &str = "second_moments";
+const ROWS: &str = "rows";
+/// Values of a matrix that are compared: this many rows, and one value of each.
+const COMPARED: usize = 16;
+/// How far these may be apart, as a part of the largest: bfloat16 and f16 round by less.
+const SAME: f32 = 1.0 / 128.0;
+/// Fewest rows of a cache that are kept of as many, and half of the most.
+const KEPT_ROWS: usize = 256;
 
 /// What is known of the inputs of a model's linear layers.
 #[derive(Debug)]
@@ -35,6 +49,8 @@ pub struct CalibrationTable {
     file: SafetensorsFile,
     model: String,
     samples: String,
+    /// Some values of each matrix that was held unquantised.
+    matrices: HashMap<String, Vec<f32>>,
     /// The input that a weight meets.
     inputs: HashMap<String, String>,
     /// Smallest and largest value of an input.
@@ -46,6 +62,33 @@ pub(super) struct InputStats {
     /// The weights that it meets; the first one names it.
     pub weights: Vec<String>,
     pub stats: ChannelStats,
+    /// Some of its rows, where they are wanted.
+    pub rows: Option<RowSample>,
+}
+
+/// Some of the rows that were seen, evenly spread over all of them.
+#[derive(Default)]
+pub(super) struct RowSample {
+    seen: usize,
+    /// How many doublings apart the rows are.
+    doublings: u32,
+    rows: Vec<f32>,
+}
+
+impl RowSample {
+    /// Takes in rows of `k` values each.
+    pub fn add(&mut self, k: usize, rows: &[f32]) {
+        for row in rows.chunks_exact(k.max(1)) {
+            if self.seen.is_multiple_of(1 << self.doublings) {
+                self.rows.extend_from_slice(row);
+            }
+            self.seen += 1;
+            if self.rows.len() >= 2 * KEPT_ROWS * k {
+                self.rows = self.rows.chunks_exact(k.max(1)).step_by(2).flatten().copied().collect();
+                self.doublings += 1;
+            }
+        }
+    }
 }
 
 /// Digits of a hash.
@@ -53,8 +96,8 @@ pub(super) fn hex(digest: &[u8]) -> String {
     digest.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// A hash of what makes a model this one: its sizes, its tensors, and the values of its vectors (which no
-/// quantisation changes).
+/// A hash of what makes a model this one but for its matrices: its sizes, its tensors, and the values of its vectors
+/// (which no quantisation changes).
 pub(super) fn fingerprint(model: &Model) -> Result<String> {
     fingerprint_of(&model.text, model.vision.as_ref().map(|v| &v.config), &*model.weights)
 }
@@ -93,10 +136,47 @@ fn fingerprint_of(
     Ok(hex(&hash.finalize()))
 }
 
+/// Some values of each matrix that a model holds unquantised, by name.
+pub(super) fn matrix_values(model: &Model) -> Result<BTreeMap<String, Vec<f32>>> {
+    matrix_values_of(&model.text, model.vision.as_ref().map(|v| &v.config), &*model.weights)
+}
+
+fn matrix_values_of(
+    text: &TextConfig,
+    vision: Option<&VisionConfig>,
+    weights: &dyn WeightSource,
+) -> Result<BTreeMap<String, Vec<f32>>> {
+    let graph = crate::model::whole_graph(text, crate::model::with_fusion(vision, weights))?;
+    let mut all = BTreeMap::new();
+    for TensorInfo { name, shape, .. } in graph.weights() {
+        let &[n, k] = shape.as_slice() else { continue };
+        if n == 0 || k == 0 || !weights.info(&name).is_some_and(|info| info.dtype.is_float()) {
+            continue;
+        }
+        let tensor = weights.tensor(&name)?;
+        let (dtype, stored) = (tensor.dtype(), tensor.dtype().row_bytes(k).unwrap_or(0));
+        let mut row = vec![0.0; k];
+        let mut values = Vec::new();
+        for i in 0..COMPARED.min(n) {
+            let at = i * n / COMPARED.min(n);
+            let bytes = tensor.bytes().get(at * stored..(at + 1) * stored).unwrap_or_default();
+            dequantise_row(dtype, bytes, &mut row).map_err(|source| Error::Quantise {
+                place: "the model".to_owned(),
+                tensor: name.clone(),
+                row: at,
+                source: Box::new(source),
+            })?;
+            values.push(row.get(i * k / COMPARED).copied().unwrap_or(0.0));
+        }
+        all.insert(name, values);
+    }
+    Ok(all)
+}
+
 /// Writes a table.
 pub(super) fn write(
     path: &Path,
-    model: &str,
+    (model, matrices): (&str, &BTreeMap<String, Vec<f32>>),
     samples: &str,
     tokens: u64,
     pictures: u64,
@@ -112,6 +192,9 @@ pub(super) fn write(
         if i.stats.second_moments.is_some() {
             all.push(info(SECOND_MOMENTS, vec![k, k]));
         }
+        if let Some(sample) = &i.rows {
+            all.push(info(ROWS, vec![sample.rows.len() / k.max(1), k]));
+        }
         all
     };
     let range = |i: &InputStats| {
@@ -123,6 +206,7 @@ pub(super) fn write(
         "version": VERSION,
         "model": model,
         "samples": samples,
+        "matrices": matrices,
         "tokens": tokens,
         "pictures": pictures,
         "inputs": inputs.iter().map(range).collect::<Vec<_>>(),
@@ -145,6 +229,9 @@ pub(super) fn write(
         put(MEAN_SQUARES, &i.stats.mean_squares())?;
         if let Some(moments) = &i.stats.second_moments {
             put(SECOND_MOMENTS, moments)?;
+        }
+        if let Some(sample) = &i.rows {
+            put(ROWS, &sample.rows)?;
         }
     }
     Ok(writer.finish()?)
@@ -171,6 +258,12 @@ impl CalibrationTable {
             value[key].as_str().map(str::to_owned).ok_or_else(|| wrong(format!("its metadata lacks `{key}`")))
         };
         let (model, samples) = (string("model")?, string("samples")?);
+        let of_matrix = |(name, values): (&String, &Value)| -> Option<(String, Vec<f32>)> {
+            let values = values.as_array()?.iter().map(|v| v.as_f64().map(|v| v as f32));
+            Some((name.clone(), values.collect::<Option<_>>()?))
+        };
+        let matrices = value["matrices"].as_object().and_then(|all| all.iter().map(of_matrix).collect());
+        let matrices = matrices.ok_or_else(|| wrong("its metadata lacks `matrices`".into()))?;
         let (mut inputs, mut ranges) = (HashMap::new(), HashMap::new());
         let list = value["inputs"].as_array().ok_or_else(|| wrong("its metadata lacks `inputs`".into()))?;
         for (i, input) in list.iter().enumerate() {
@@ -184,7 +277,7 @@ impl CalibrationTable {
             ranges.insert(first.to_owned(), (least as f32, most as f32));
             inputs.extend(weights.iter().flatten().map(|w| ((*w).to_owned(), first.to_owned())));
         }
-        Ok(CalibrationTable { path: path.to_owned(), file, model, samples, inputs, ranges })
+        Ok(CalibrationTable { path: path.to_owned(), file, model, samples, matrices, inputs, ranges })
     }
 
     /// The file's path.
@@ -271,6 +364,21 @@ impl CalibrationTable {
         self.tensor(weight, SECOND_MOMENTS, &[k, k])
     }
 
+    /// Some of the rows `[n, k]` that went into a cache.
+    ///
+    /// # Errors
+    /// [`Error::Calibration`] where the table is damaged.
+    pub fn rows(&self, cache: &str, k: usize) -> Result<Option<Vec<f32>>> {
+        let stored = self.input(cache).and_then(|i| self.file.info(&format!("{i}.{ROWS}")));
+        let n = stored.and_then(|info| info.shape.first().copied()).unwrap_or(0);
+        if n > 2 * KEPT_ROWS {
+            let what = format!("it has {n} rows of `{cache}`, expected at most {}", 2 * KEPT_ROWS);
+            return Err(Error::Calibration { path: self.path.clone(), what });
+        }
+        let Some(tensor) = self.tensor(cache, ROWS, &[n, k])? else { return Ok(None) };
+        Ok(Some(tensor.to_f32()?.into_owned()))
+    }
+
     fn vector(&self, weight: &str, what: &str, k: usize) -> Result<Option<Vec<f32>>> {
         let Some(tensor) = self.tensor(weight, what, &[k])? else { return Ok(None) };
         Ok(Some(tensor.to_f32()?.into_owned()))
@@ -296,6 +404,22 @@ impl CalibrationTable {
         self.check_of(&model.text, model.vision.as_ref().map(|v| &v.config), &*model.weights)
     }
 
+    /// Refuses other values of a matrix than those of the model that was calibrated.
+    fn check_matrices(&self, found: &BTreeMap<String, Vec<f32>>) -> Result<()> {
+        for (name, found) in found {
+            let Some(wanted) = self.matrices.get(name) else { continue };
+            let most = wanted.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= most * SAME;
+            if found.len() != wanted.len() || !found.iter().zip(wanted).all(close) {
+                let what = format!(
+                    "it was made with another model (`{name}` has other values); run `calibrate` on this one"
+                );
+                return Err(Error::Calibration { path: self.path.clone(), what });
+            }
+        }
+        Ok(())
+    }
+
     /// The same for the parts of a model.
     pub(super) fn check_of(
         &self,
@@ -305,7 +429,7 @@ impl CalibrationTable {
     ) -> Result<()> {
         let found = fingerprint_of(text, vision, weights)?;
         if found == self.model {
-            return Ok(());
+            return self.check_matrices(&matrix_values_of(text, vision, weights)?);
         }
         let what = format!(
             "it was made with another model (hash {}, this one has {found}); run `calibrate` on this one",

@@ -1,7 +1,7 @@
 //! Quantise and dequantise in one node: what is left of values after a format has held them.
 
-use pocketglm_quant::{Method, RowOptions, dequantise_row, quantise_row};
-use pocketglm_tensor::{DType, PackedFormat, ops as kernels};
+use pocketglm_quant::{Method, RowOptions, dequantise_row, quantise_row, range};
+use pocketglm_tensor::{DType, Group, PackedFormat, ops as kernels};
 
 use super::{Call, OpDef, count, operands, shape_error};
 use crate::graph::Meta;
@@ -58,13 +58,20 @@ impl OpDef for QuantDequant {
                 Ok(kernels::round_activations(cpu, x, k, *format, *range, y)?)
             }
             QuantDequant::Weight { dtype, method } => {
-                let options = RowOptions { method: *method, importance: None };
+                let failed = |row| move |source| Error::Quantised { name: "a weight".into(), row, source };
+                let whole = match dtype {
+                    DType::Affine(a) if a.group() == Group::Tensor && !x.is_empty() => {
+                        Some(range(x).map_err(failed(0))?)
+                    }
+                    _ => None,
+                };
+                let options = RowOptions { method: *method, range: whole, ..RowOptions::default() };
                 let mut bytes = Vec::new();
                 for (row, (x, y)) in x.chunks_exact(k).zip(y.chunks_exact_mut(k)).enumerate() {
                     bytes.clear();
                     quantise_row(*dtype, x, &options, &mut bytes)
                         .and_then(|()| dequantise_row(*dtype, &bytes, y))
-                        .map_err(|source| Error::Quantised { name: "a weight".into(), row, source })?;
+                        .map_err(failed(row))?;
                 }
                 Ok(())
             }

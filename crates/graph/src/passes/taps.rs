@@ -110,23 +110,51 @@ pub fn tap_linear_inputs(graph: &mut Graph, wanted: &dyn Fn(&str) -> bool) -> Ve
     taps.into_values().collect()
 }
 
-/// Adds what is appended to caches to the graph's results, under the names of the caches.
+/// Adds to the graph's results what is appended to caches, under the names of the caches, and the queries that meet
+/// cached keys, under the keys' name with `q` for its last letter.
 pub fn tap_caches(graph: &mut Graph) -> Vec<Tap> {
     let mut taps = Vec::new();
     for i in 0..graph.nodes.len() {
         let (Op::KvAppend(_), &[rows, state]) = (&graph.nodes[i].op, graph.nodes[i].inputs.as_slice()) else {
             continue;
         };
-        let (Op::State(cache), [_, width]) = (&graph.node(state).op, graph.meta(rows).shape.as_slice())
-        else {
-            continue;
-        };
+        let Op::State(cache) = &graph.node(state).op else { continue };
         let name = cache.name.clone();
-        let channels = width.as_fixed().unwrap_or(0);
-        taps.push(Tap { output: name.clone(), weights: vec![name.clone()], channels });
-        graph.outputs.push((name, rows));
+        let queries =
+            queries(graph, super::result_of(i)).zip(name.strip_suffix('k').map(|n| format!("{n}q")));
+        let queries = queries.map(|(queries, name)| (name, queries));
+        for (name, rows) in [(name, rows)].into_iter().chain(queries) {
+            let shape = graph.meta(rows).shape.iter().skip(1);
+            let channels = shape.map(|d| d.as_fixed().unwrap_or(0)).product();
+            taps.push(Tap { output: name.clone(), weights: vec![name.clone()], channels });
+            graph.outputs.push((name, rows));
+        }
     }
     taps
+}
+
+/// The queries `[t, h, d]` of an attention built from primitive ops whose keys are read from a cache.
+fn queries(graph: &Graph, cache: Value) -> Option<Value> {
+    let user = |of: Value, wanted: &dyn Fn(&Op) -> bool| {
+        let mut nodes = graph.nodes.iter().enumerate();
+        let found = nodes.find(|(_, node)| node.inputs.contains(&of) && wanted(&node.op));
+        found.map(|(i, _)| i)
+    };
+    let read = user(cache, &|op| matches!(op, Op::KvRead(_) | Op::Slice(_)))?;
+    let turned = super::result_of(user(super::result_of(read), &|op| matches!(op, Op::Permute(_)))?);
+    let scores = user(turned, &|op| matches!(op, Op::MatMul(_)))?;
+    let (&[mut queries, keys], true) = (graph.nodes[scores].inputs.as_slice(), turned != cache) else {
+        return None;
+    };
+    if keys != turned {
+        return None;
+    }
+    while let (Op::Reshape(_) | Op::Permute(_), &[from]) =
+        (&graph.node(queries).op, graph.node(queries).inputs.as_slice())
+    {
+        queries = from;
+    }
+    Some(queries)
 }
 
 #[cfg(test)]

@@ -39,6 +39,22 @@ pub(super) fn encode(format: Affine, x: &[f32], weights: Option<&Weights>, row: 
     }
 }
 
+/// Plain rounding of a row with the scale for values from `least` to `most`, and for its own.
+pub(super) fn round_in_range(format: Affine, x: &[f32], (least, most): (f32, f32), row: &mut RowCodes) {
+    let (low, high) = search::range(x);
+    let (least, most) = (least.min(low), most.max(high));
+    let (scale, zero) = match format.symmetric() {
+        true => (round_symmetric(format, least, most), 0),
+        false => round_with_zero(format, least, most),
+    };
+    row.codes.resize(x.len(), 0);
+    codes_of(&affine_lattice(format, scale.to_bits(), zero), x, &mut row.codes);
+    row.scales.push(scale.to_bits());
+    if !format.symmetric() {
+        row.sub_minima.push(zero);
+    }
+}
+
 /// Groups whose scales are computed side by side.
 const BATCH: usize = 16;
 /// Scales that are found side by side: their bf16 is a normal number with one above it.

@@ -11,7 +11,7 @@ mod search;
 mod simple;
 
 use half::{bf16, f16};
-use pocketglm_tensor::{Block, DType, Isa, RowCodes, Vectorise};
+use pocketglm_tensor::{Block, DType, Group, Isa, RowCodes, Vectorise};
 
 use crate::codes::put_together;
 use crate::{Error, Result};
@@ -35,6 +35,18 @@ pub struct RowOptions<'a> {
     /// Weight of each value's squared error for [`Method::Search`], such as the second moment of the activation that
     /// meets it: `values.len()` finite numbers of at least 0. Without it all values weigh the same.
     pub importance: Option<&'a [f32]>,
+    /// The smallest and the largest value of the whole matrix, see [`range`]: what the one scale of
+    /// [`Group::Tensor`] is chosen by, which is always plain rounding's. Without it the row is the matrix.
+    pub range: Option<(f32, f32)>,
+}
+
+/// The smallest and the largest value of a row; of none, `(infinity, -infinity)`.
+///
+/// # Errors
+/// [`Error::NotFinite`] naming the first NaN or infinity.
+pub fn range(values: &[f32]) -> Result<(f32, f32)> {
+    check_finite("weights", values)?;
+    Ok(values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), &v| (a.min(v), b.max(v))))
 }
 
 /// A unit holds a value whose scale is beyond f16.
@@ -108,6 +120,18 @@ fn encode_row(dtype: DType, values: &[f32], options: &RowOptions<'_>, row: &mut 
     row.scales.clear();
     row.minima.clear();
     row.codes.reserve(values.len());
+    if let DType::Affine(format) = dtype
+        && format.group() == Group::Tensor
+    {
+        let (least, most) = options.range.unwrap_or((0.0, 0.0));
+        if let Some(value) = [least, most].into_iter().find(|v| !v.is_finite()) {
+            return Err(Error::NotFinite { what: "range", index: 0, value, kind: "number" });
+        }
+        if !values.is_empty() {
+            affine::round_in_range(format, values, (least, most), row);
+        }
+        return Ok(());
+    }
     encode_units(dtype, values, importance.all(), row)
 }
 
