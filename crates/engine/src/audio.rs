@@ -137,6 +137,7 @@ impl AudioModel {
         let mut graph = crate::model::finish(g, fuse, &Default::default())?;
         if fuse {
             passes::apply("attention over bytes", passes::attend_in_int8, &mut graph)?;
+            passes::apply("fewer products", passes::fewer_products, &mut graph)?;
         }
         Ok(Some(AudioModel { config, tokens, placeholder, mark, normalise, weights, graph }))
     }

@@ -288,7 +288,16 @@ impl<'w> GraphBuilder<'w> {
         groups: usize,
     ) -> Result<Value> {
         let activation = Activation::None;
-        let op = FrameConv { kernel, stride, padding, groups, bias: bias.is_some(), norm: None, activation };
+        let op = FrameConv {
+            kernel,
+            stride,
+            padding,
+            groups,
+            bias: bias.is_some(),
+            norm: None,
+            activation,
+            fewer: false,
+        };
         let inputs: Vec<Value> = [x, weight].into_iter().chain(bias).collect();
         self.push(Op::FrameConv(op), &inputs)
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pocketglm_tensor::ops::{linear_scratch_bytes, packed_scratch_bytes};
+use pocketglm_tensor::ops::{linear_fewer_scratch_bytes, linear_scratch_bytes, packed_scratch_bytes};
 use pocketglm_tensor::{
     AlignedF32, Bytes, Cpu, DType, KvFormat, Packed, PackedFormat, RowCodes, ScaleKind, Tensor, Weight,
     WeightSource,
@@ -658,13 +658,20 @@ fn memory_of(graph: &Graph, plan: &Plan, cpu: &Cpu) -> Result<ProgramMemory> {
                 let m = x.iter().rev().skip(1).product();
                 let quantised = |v: &Value| graph.meta(*v).dtype.is_quantised();
                 let packed = node.inputs.iter().any(quantised);
-                let bytes = if packed { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
+                let mut bytes = if packed { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
+                if !packed && matches!(&node.op, Op::Linear(l) if l.fewer) {
+                    let n = plan.shapes[i][0].last().copied().unwrap_or(0);
+                    bytes = bytes.max(linear_fewer_scratch_bytes(cpu, [m, k, n]));
+                }
                 memory.scratch = memory.scratch.max(bytes as u64);
             }
             Op::FrameConv(c) => {
                 let packed = graph.meta(node.inputs[1]).dtype.is_quantised();
-                let (padded, m, k) =
-                    c.product(plan.shape(node.inputs[0]), plan.shape(node.inputs[1]), packed)?;
+                let (x, weight) = (plan.shape(node.inputs[0]), plan.shape(node.inputs[1]));
+                let (padded, m, k) = c.product(x, weight, packed)?;
+                if !packed {
+                    memory.scratch = memory.scratch.max(c.fewer_scratch_bytes(cpu, x, weight) as u64);
+                }
                 if m > 0 {
                     let bytes = if packed { packed_scratch_bytes } else { linear_scratch_bytes }(cpu, m, k);
                     memory.scratch = memory.scratch.max(bytes as u64);

@@ -416,6 +416,7 @@ fn graph(config: &Wav2VecConfig, weights: &Weights, wanted: Wanted, fuse: bool) 
     if fuse {
         passes::optimise(&mut graph)?;
         passes::apply("attention over bytes", passes::attend_in_int8, &mut graph)?;
+        passes::apply("fewer products", passes::fewer_products, &mut graph)?;
     } else {
         passes::prepare(&mut graph)?;
     }

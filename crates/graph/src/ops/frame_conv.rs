@@ -1,6 +1,6 @@
 //! Convolution over the frames of a signal, a frame being a row.
 
-use pocketglm_tensor::ops as kernels;
+use pocketglm_tensor::{Cpu, ops as kernels};
 
 use super::{Activation, Call, OpDef, count, shape_error};
 use crate::Result;
@@ -38,6 +38,8 @@ pub struct FrameConv {
     pub norm: Option<ConvNorm>,
     /// Applied to the result of the norm.
     pub activation: Activation,
+    /// Whether neighbouring positions may share products, see [`fewer_products`](crate::passes::fewer_products).
+    pub fewer: bool,
 }
 
 impl FrameConv {
@@ -54,7 +56,13 @@ impl FrameConv {
             stride: self.stride,
             padding: self.padding,
             groups: self.groups,
+            fewer: self.fewer,
         }
+    }
+
+    /// Scratch memory of an algorithm with fewer multiplications, in bytes.
+    pub(crate) fn fewer_scratch_bytes(&self, cpu: &Cpu, x: &[usize], weight: &[usize]) -> usize {
+        kernels::conv_frames_fewer_scratch_bytes(cpu, &self.geometry(x, weight))
     }
 
     /// Working memory of the kernel besides that of its matrix product, in bytes; rows and steps of that product. With

@@ -125,12 +125,14 @@ pub struct Linear {
     pub activation: Activation,
     /// Whether the last operand is added to the result.
     pub residual: bool,
+    /// Whether neighbouring rows may share products, see [`fewer_products`](crate::passes::fewer_products).
+    pub fewer: bool,
 }
 
 impl Linear {
     /// `x · Wᵀ`, plus a bias where there is one.
     pub fn plain(bias: bool) -> Linear {
-        Linear { parts: vec![bias], norm: None, activation: Activation::None, residual: false }
+        Linear { parts: vec![bias], norm: None, activation: Activation::None, residual: false, fewer: false }
     }
 
     /// Index of the first weight among the operands.
@@ -230,11 +232,10 @@ impl OpDef for Linear {
         let x = LinearNorm::apply(self.norm, "linear", call, scratch)?;
         let cpu = call.cpu;
         let y = call.output("linear", 0)?;
-        kernels::linear(cpu, x, m, k, &list, self.activation.epilogue(), y)?;
+        let product = if self.fewer { kernels::linear_fewer } else { kernels::linear };
+        product(cpu, x, m, k, &list, self.activation.epilogue(), y)?;
         if let Some(residual) = residual {
-            for (y, r) in y.iter_mut().zip(residual) {
-                *y += r;
-            }
+            kernels::add_to(cpu, residual, y)?;
         }
         Ok(())
     }

@@ -146,6 +146,7 @@ fn swiglu(
         activation: Activation::SwiGlu,
         norm: None,
         residual: false,
+        fewer: false,
     };
     let inputs = g_inputs.iter().chain(&u_inputs[1..]).copied().collect();
     let scope = graph.node(gate).scope.rsplit_once('.').map_or("", |(s, _)| s).to_string();

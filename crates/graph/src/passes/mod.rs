@@ -5,6 +5,7 @@
 
 mod attention;
 mod conv;
+mod fewer;
 mod frame_conv;
 mod linear;
 mod load_time;
@@ -20,6 +21,7 @@ use crate::ops::Op;
 
 pub use attention::{attend_in_int8, fuse_attention};
 pub use conv::{fold_batch_norm, fuse_conv_activation};
+pub use fewer::fewer_products;
 pub use frame_conv::{fuse_frame_conv_activation, fuse_frame_conv_norm};
 pub use linear::{fold_added_vector, fuse_bias, fuse_linear_activation, fuse_linear_residual, fuse_swiglu};
 pub use load_time::mark_load_time;

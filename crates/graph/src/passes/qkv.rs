@@ -161,7 +161,7 @@ pub fn merge_attention_linears(graph: &mut Graph) -> crate::Result<usize> {
             continue;
         }
         let scope = graph.nodes[i].scope.clone();
-        let linear = Linear { parts, norm: None, activation: Activation::None, residual: false };
+        let linear = Linear { parts, ..Linear::plain(false) };
         let merged = graph.push(Op::Linear(linear), inputs, &scope)?;
         attention.columns = [0, heads * d, (heads + kv) * d];
         let rest = graph.nodes[i].inputs[3..].to_vec();

@@ -656,3 +656,36 @@ fn projections_of_attention_without_rotation_are_merged() {
     let bindings = Bindings::new().with("T", 7);
     assert!(distance(&run(&before, &bindings, &[0, 7]), &run(&after, &bindings, &[0, 7])) < 2e-6);
 }
+
+#[test]
+fn products_have_fewer_multiplications_only_where_it_is_asked_for() {
+    let mut g = GraphBuilder::new(&Invented);
+    let x = f32_input(&mut g, "x", &[t(), 256.into()]);
+    let w = weight(&mut g, "taps", &[256, 3 * 256]);
+    let x = g.frame_conv_by(x, w, None, [3, 2], [0, 0], 1).unwrap();
+    let w = weight(&mut g, "w", &[288, 256]);
+    let y = g.matmul(x, w, true).unwrap();
+    g.output("y", y);
+    let mut plain = g.finish();
+    optimise(&mut plain).unwrap();
+    let fewer = |graph: &Graph| {
+        let asked = |op: &Op| match op {
+            Op::Linear(linear) => linear.fewer,
+            Op::FrameConv(conv) => conv.fewer,
+            _ => false,
+        };
+        graph.nodes.iter().filter(|n| asked(&n.op)).count()
+    };
+    assert_eq!(fewer(&plain), 0, "no pass of the list asks for it");
+    let mut asked = plain.clone();
+    assert_eq!((fewer_products(&mut asked).unwrap(), fewer(&asked)), (2, 2));
+    assert_eq!(fewer_products(&mut asked).unwrap(), 0, "it is done once");
+    for (frames, differs) in [(9, false), (151, true)] {
+        let bindings = Bindings::new().with("T", frames);
+        let d = distance(&run(&asked, &bindings, &[]), &run(&plain, &bindings, &[]));
+        assert!(d < 1e-5 && (d > 0.0) == differs, "{frames} frames: {d:e}");
+        let cpu = Cpu::new(1).unwrap();
+        let [with, without] = [&asked, &plain].map(|g| plan_memory(g, &bindings, &cpu).unwrap().scratch);
+        assert_eq!(with > without, differs, "{with} bytes, {without} without");
+    }
+}

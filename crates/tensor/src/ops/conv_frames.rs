@@ -7,9 +7,10 @@
 //! over rows that overlap, and nothing is copied.
 
 use super::conv_groups::{self, conv_groups_take};
+use super::fewer::Scheme;
 use super::gemm::{Finish, Panels, chunk_columns, gemm};
 use super::instance_norm::{Moments, instance_norm_in_place};
-use super::linear::{Part, linear_strided};
+use super::linear::{Part, linear_by, linear_strided};
 use super::norm::layer_norm_in_place;
 use super::tile::panel_columns;
 use super::{Epilogue, SharedMut, count, expect, for_rows};
@@ -38,6 +39,8 @@ pub struct FrameConv {
     pub padding: [usize; 2],
     /// Groups of channels that do not mix.
     pub groups: usize,
+    /// Whether neighbouring positions may share products, as in [`linear_fewer`](super::linear_fewer).
+    pub fewer: bool,
 }
 
 /// What the sums are normalised by before the epilogue.
@@ -119,6 +122,24 @@ impl FrameConv {
         Ok(out)
     }
 
+    /// The algorithm with fewer multiplications for `out` positions, where there is one that pays, and the distance between its
+    /// rows of `x`.
+    fn scheme(&self, out: usize) -> Option<(Scheme, usize)> {
+        let Self { channels, outputs, kernel, stride, .. } = *self;
+        if !self.fewer || self.groups != 1 || self.padding != [0, 0] {
+            return None;
+        }
+        match (kernel, stride) {
+            (3, 2) => Scheme::for_taps([out, channels, outputs]).map(|s| (s, channels)),
+            // Frames under neighbouring positions do not overlap: rows of a linear layer.
+            _ if kernel == stride => {
+                let k = kernel * channels;
+                Scheme::for_linear([out, k, outputs]).map(|s| (s, k))
+            }
+            _ => None,
+        }
+    }
+
     /// Floats of working memory for a call with weights that are packed, or not.
     fn scratch(&self, packed: bool) -> Result<usize> {
         let padded = self.padded().unwrap_or(usize::MAX);
@@ -139,6 +160,12 @@ impl FrameConv {
 /// [`Error::Value`] for sizes beyond any memory.
 pub fn conv_frames_scratch_bytes(conv: &FrameConv, packed: bool) -> Result<usize> {
     Ok(AlignedF32::working_bytes(conv.scratch(packed)?))
+}
+
+/// The most scratch memory, in bytes, that [`conv_frames`] takes from the context for an algorithm with fewer multiplications.
+pub fn conv_frames_fewer_scratch_bytes(cpu: &Cpu, conv: &FrameConv) -> usize {
+    let scheme = conv.out_frames().ok().and_then(|out| conv.scheme(out));
+    scheme.map_or(0, |(scheme, _)| 4 * scheme.scratch_floats(cpu))
 }
 
 /// See the module. With groups, packed weights are those that [`conv_groups_take`] allows.
@@ -196,6 +223,11 @@ fn convolve(
     }
     let (k, stride) = (conv.kernel * conv.channels, conv.stride * conv.channels);
     let part = [Part { weight, rows: conv.outputs, bias }];
+    if !matches!(weight, Weight::Packed(_))
+        && let Some((scheme, x_stride)) = conv.scheme(out)
+    {
+        return linear_by(cpu, &scheme, (x, x_stride), [out, k], &part, epilogue, y);
+    }
     if conv.padding == [0, 0] {
         return linear_strided(cpu, x, stride, [out, k], &part, epilogue, y);
     }

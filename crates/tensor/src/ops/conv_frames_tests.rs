@@ -4,7 +4,7 @@ use crate::ops::check::{Close, check, try_check, values};
 const CLOSE: Close = Close { relative: 2e-5, absolute: 1e-5 };
 
 fn conv(frames: usize, channels: usize, outputs: usize, kernel: usize, stride: usize) -> FrameConv {
-    FrameConv { frames, channels, outputs, kernel, stride, padding: [0, 0], groups: 1 }
+    FrameConv { frames, channels, outputs, kernel, stride, padding: [0, 0], groups: 1, fewer: false }
 }
 
 fn compare(c: &FrameConv) {

@@ -60,6 +60,7 @@ fn conv(frames: usize, channels: usize, outputs: usize, kernel: usize, groups: u
         stride: 1,
         padding: [kernel / 2, (kernel - 1) / 2],
         groups,
+        fewer: false,
     }
 }
 

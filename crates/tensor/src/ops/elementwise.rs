@@ -161,6 +161,24 @@ pub fn binary(cpu: &Cpu, f: Binary, a: &[f32], b: &[f32], y: &mut [f32]) -> Resu
     Ok(())
 }
 
+/// `y[i] += x[i]`.
+///
+/// # Errors
+/// [`Error::Size`] where `y` is not as long as `x`.
+pub fn add_to(cpu: &Cpu, x: &[f32], y: &mut [f32]) -> Result<()> {
+    expect("add_to", "y", &[x.len()], y.len())?;
+    let out = SharedMut::new(y);
+    for_rows(cpu, x.len().div_ceil(ROW), ROW, &|rows| {
+        let range = rows.start * ROW..(rows.end * ROW).min(x.len());
+        // SAFETY: inside `y`, which is as long as `x`; the range belongs to this task.
+        let y = unsafe { out.slice(range.clone()) };
+        for (y, x) in y.iter_mut().zip(&x[range]) {
+            *y += x;
+        }
+    });
+    Ok(())
+}
+
 /// `y = f(a, b)`; `b` is as long as `a` and `y`, or one element.
 struct Zip<'a> {
     f: Binary,

@@ -144,3 +144,16 @@ fn sizes_that_do_not_fit_are_typed_errors() {
     let huge = [usize::MAX, 2];
     assert!(binary_broadcast(&cpu, Binary::Add, &[], &huge, &[0.0; 2], &[2], &mut []).is_err());
 }
+
+#[test]
+fn rows_are_added_to_others() {
+    for n in [0, 5, 70_001] {
+        let (x, before) = (values(n, 1), values(n, 2));
+        let wanted: Vec<f32> = x.iter().zip(&before).map(|(x, y)| x + y).collect();
+        check("add_to", &wanted, F32, &|cpu, y| {
+            y.copy_from_slice(&before);
+            add_to(cpu, &x, y)
+        });
+    }
+    assert!(add_to(&Cpu::new(1).unwrap(), &[0.0; 2], &mut [0.0]).is_err());
+}

@@ -12,6 +12,7 @@ mod conv;
 mod conv_frames;
 mod conv_groups;
 mod elementwise;
+mod fewer;
 mod gather;
 mod gemm;
 mod instance_norm;
@@ -30,18 +31,21 @@ pub use attention::{
     attention_twin,
 };
 pub use conv::{Conv1d, Conv2d, batch_norm, batch_norm_twin, conv1d, conv1d_twin, conv2d, conv2d_twin};
-pub use conv_frames::{FrameConv, FrameNorm, conv_frames, conv_frames_scratch_bytes, conv_frames_twin};
+pub use conv_frames::{
+    FrameConv, FrameNorm, conv_frames, conv_frames_fewer_scratch_bytes, conv_frames_scratch_bytes,
+    conv_frames_twin,
+};
 pub use conv_groups::conv_groups_take;
 pub use elementwise::{
-    Binary, Unary, binary, binary_broadcast, binary_broadcast_twin, binary_twin, broadcast_shape, unary,
-    unary_twin,
+    Binary, Unary, add_to, binary, binary_broadcast, binary_broadcast_twin, binary_twin, broadcast_shape,
+    unary, unary_twin,
 };
 pub use gather::{gather_rows, gather_rows_twin, weighted_gather, weighted_gather_twin};
 pub use instance_norm::{instance_norm, instance_norm_twin};
 pub use kv::{kv_store, kv_store_twin};
 pub use linear::{
-    Epilogue, Part, linear, linear_rounded, linear_scratch_bytes, linear_twin, packed_scratch_bytes,
-    round_activations,
+    Epilogue, Part, linear, linear_fewer, linear_fewer_scratch_bytes, linear_rounded, linear_scratch_bytes,
+    linear_twin, packed_scratch_bytes, round_activations,
 };
 pub use matmul::{MatmulB, matmul, matmul_twin};
 pub use norm::{layer_norm, layer_norm_twin, norm_add, norm_add_twin, rms_norm, rms_norm_twin};

@@ -67,27 +67,26 @@ pub(crate) unsafe fn pack_rows(src: *const f32, stride: usize, mr: usize, k: usi
 /// `i * A_STRIDE + p`.
 ///
 /// # Safety
-/// `a` and `b` as described are readable, `c`, rows of `NR` floats at `c_stride`, is writable and, unless `first`,
-/// holds the sums so far.
+/// `a` and `b` as described are readable; each of `into`, rows of `NR` floats at `stride`, is writable and, unless
+/// `first`, holds the sums so far.
 #[inline(always)]
 unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>(
     s: S,
     k: usize,
     a: *const f32,
     b: *const f32,
-    c: *mut f32,
-    c_stride: usize,
-    first: bool,
+    into: &[Into],
+    stride: usize,
     ahead: Ahead,
 ) {
     let mut sums = [[s.splat(0.0); NV]; MR];
     // SAFETY: every address below is an element that the caller promised.
     unsafe {
-        if !first {
+        for to in into.iter().filter(|to| !to.first) {
             // Added at the end, so that the first steps do not wait for them.
             for i in 0..MR {
                 for j in (0..NV * S::WIDTH).step_by(16) {
-                    s.prefetch_near(c.add(i * c_stride + j).cast());
+                    s.prefetch_near(to.c.add(i * stride + j).cast());
                 }
             }
         }
@@ -100,10 +99,14 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
         for p in asked..k {
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
-        for i in 0..MR {
-            for j in 0..NV {
-                let at = c.add(i * c_stride + j * S::WIDTH);
-                s.store(at, if first { sums[i][j] } else { s.add(s.load(at), sums[i][j]) });
+        for to in into {
+            let factor = s.splat(to.factor);
+            for i in 0..MR {
+                for j in 0..NV {
+                    let at = to.c.add(i * stride + j * S::WIDTH);
+                    let before = if to.first { s.splat(0.0) } else { s.load(at) };
+                    s.store(at, s.fma(sums[i][j], factor, before));
+                }
             }
         }
     }
@@ -182,16 +185,31 @@ macro_rules! for_mr {
     };
 }
 
+/// Sums that a tile is added to, times a factor, or that it begins.
+#[derive(Clone, Copy)]
+pub(crate) struct Into {
+    pub(crate) c: *mut f32,
+    pub(crate) factor: f32,
+    pub(crate) first: bool,
+}
+
+impl Into {
+    /// The sums `c` themselves.
+    pub(crate) fn sums(c: *mut f32, first: bool) -> Into {
+        Into { c, factor: 1.0, first }
+    }
+}
+
 /// Operands of one tile of `mr` rows, see [`tile`].
 #[derive(Clone, Copy)]
-pub(crate) struct Tile {
+pub(crate) struct Tile<'a> {
     pub(crate) mr: usize,
     pub(crate) k: usize,
     pub(crate) a: *const f32,
     pub(crate) b: *const f32,
-    pub(crate) c: *mut f32,
-    pub(crate) c_stride: usize,
-    pub(crate) first: bool,
+    pub(crate) into: &'a [Into],
+    /// Floats from one row of sums to the next.
+    pub(crate) stride: usize,
     pub(crate) ahead: Ahead,
 }
 
@@ -200,19 +218,19 @@ pub(crate) struct Tile {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-pub(crate) unsafe fn tile_of<S: Simd, const A_STRIDE: usize>(s: S, t: Tile) {
-    let Tile { mr, k, a, b, c, c_stride, first, ahead } = t;
+pub(crate) unsafe fn tile_of<S: Simd, const A_STRIDE: usize>(s: S, t: Tile<'_>) {
+    let Tile { mr, k, a, b, into, stride, ahead } = t;
     // SAFETY: the caller's promise.
     unsafe {
         match S::WIDTH {
             16 => {
-                for_mr!(mr, 4, A_STRIDE, (s, k, a, b, c, c_stride, first, ahead), [1 2 3 4 5 6])
+                for_mr!(mr, 4, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6])
             }
-            8 => for_mr!(mr, 2, A_STRIDE, (s, k, a, b, c, c_stride, first, ahead), [1 2 3 4 5 6]),
+            8 => for_mr!(mr, 2, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6]),
             4 => {
-                for_mr!(mr, 2, A_STRIDE, (s, k, a, b, c, c_stride, first, ahead), [1 2 3 4 5 6 7 8 9 10 11 12])
+                for_mr!(mr, 2, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6 7 8 9 10 11 12])
             }
-            _ => for_mr!(mr, 4, A_STRIDE, (s, k, a, b, c, c_stride, first, ahead), [1 2 3 4]),
+            _ => for_mr!(mr, 4, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4]),
         }
     }
 }
@@ -290,8 +308,8 @@ impl Kernel for &Block {
                     let ahead = self.ahead(t, panel);
                     // SAFETY: who made the block promises that its operands lie inside their buffers.
                     unsafe {
-                        let (k, c_stride, first) = (self.k, self.c_stride, self.first);
-                        s.tile::<PACKED>(Tile { mr, k, a, b, c, c_stride, first, ahead });
+                        let (k, stride, into) = (self.k, self.c_stride, &[Into::sums(c, self.first)]);
+                        s.tile::<PACKED>(Tile { mr, k, a, b, into, stride, ahead });
                     }
                 }
             }

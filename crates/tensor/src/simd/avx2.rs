@@ -31,7 +31,7 @@ fn mask(n: usize) -> __m256i {
 /// As for [`tile_of`].
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const A_STRIDE: usize>(t: Tile) {
+unsafe fn tile<const A_STRIDE: usize>(t: Tile<'_>) {
     // SAFETY: the caller's promise.
     unsafe { tile_of::<Avx2, A_STRIDE>(Avx2(()), t) }
 }
@@ -218,7 +218,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile) {
+    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
         // SAFETY: `self` proves the features; the caller promises the operands.
         unsafe { tile::<A_STRIDE>(t) }
     }

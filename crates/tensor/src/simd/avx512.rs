@@ -29,7 +29,7 @@ fn mask(n: usize) -> __mmask16 {
 /// As for [`tile_of`].
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn tile<const A_STRIDE: usize>(t: Tile) {
+unsafe fn tile<const A_STRIDE: usize>(t: Tile<'_>) {
     // SAFETY: the caller's promise.
     unsafe { tile_of::<Avx512, A_STRIDE>(Avx512(()), t) }
 }
@@ -239,7 +239,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile) {
+    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
         // SAFETY: `self` proves the features; the caller promises the operands.
         unsafe { tile::<A_STRIDE>(t) }
     }

@@ -273,7 +273,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// One tile of a matrix product, [`tile_of`](crate::ops::tile::tile_of), as a call.
     /// # Safety
     /// As for `tile_of`.
-    unsafe fn tile<const A_STRIDE: usize>(self, tile: Tile);
+    unsafe fn tile<const A_STRIDE: usize>(self, tile: Tile<'_>);
 
     /// The first `WIDTH` floats of `x`; zeros where it is shorter.
     #[inline(always)]

@@ -23,7 +23,7 @@ pub(super) fn enter<K: Kernel>(kernel: K) -> K::Output {
 /// As for [`tile_of`].
 #[inline(never)]
 #[target_feature(enable = "neon")]
-unsafe fn tile<const A_STRIDE: usize>(t: Tile) {
+unsafe fn tile<const A_STRIDE: usize>(t: Tile<'_>) {
     // SAFETY: the caller's promise.
     unsafe { tile_of::<Neon, A_STRIDE>(Neon(()), t) }
 }
@@ -218,7 +218,7 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile) {
+    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
         // SAFETY: `self` proves the features; the caller promises the operands.
         unsafe { tile::<A_STRIDE>(t) }
     }

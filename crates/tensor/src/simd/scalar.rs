@@ -130,7 +130,7 @@ impl Simd for Scalar {
         // SAFETY: the caller's promise.
         unsafe { dst.write_unaligned(src.read_unaligned().widen()) }
     }
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile) {
+    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
         // SAFETY: the caller's promise.
         unsafe { tile_of::<Scalar, A_STRIDE>(self, t) }
     }

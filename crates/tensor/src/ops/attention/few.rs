@@ -12,7 +12,7 @@ use super::flash::{Heads, MAX_SPLITS, Task, divide, join, pack_values};
 use super::{Attention, Mask};
 use crate::ops::SharedMut;
 use crate::ops::kv::{USUAL, widen};
-use crate::ops::tile::{Ahead, Lines, PACKED, Tile, panel_columns};
+use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, panel_columns};
 use crate::simd::{Kernel, Simd, math};
 use crate::{Cpu, KvFormat, Result};
 
@@ -221,9 +221,8 @@ impl Run<'_> {
                             k: count,
                             a,
                             b,
-                            c,
-                            c_stride: padded,
-                            first: false,
+                            into: &[Into::sums(c, false)],
+                            stride: padded,
                             ahead,
                         });
                     }

@@ -8,7 +8,7 @@
 
 use super::{Attention, Mask};
 use crate::ops::kv::widen;
-use crate::ops::tile::{Ahead, Lines, PACKED, Tile, Tiles, panel_columns, tile_rows};
+use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, Tiles, panel_columns, tile_rows};
 use crate::ops::{GRAIN, SharedMut};
 use crate::simd::{Element, Kernel, Simd, math};
 use crate::{Cpu, KvFormat, KvRows, Result};
@@ -242,7 +242,15 @@ impl Kernel for Run<'_> {
                             q.add(start * d),
                             soon.part(soon.keys, t * panels + panel, tiles.count * panels),
                         );
-                        s.tile::<PACKED>(Tile { mr, k: d, a, b, c, c_stride: BK, first: true, ahead });
+                        s.tile::<PACKED>(Tile {
+                            mr,
+                            k: d,
+                            a,
+                            b,
+                            into: &[Into::sums(c, true)],
+                            stride: BK,
+                            ahead,
+                        });
                     }
                     for r in 0..mr {
                         let own = end_of(start + r).saturating_sub(key).min(seen);
@@ -260,7 +268,15 @@ impl Kernel for Run<'_> {
                         let panels = padded / nr;
                         let (a, ahead) =
                             (scores, soon.part(soon.values, t * panels + panel, tiles.count * panels));
-                        s.tile::<BK>(Tile { mr, k: seen, a, b, c, c_stride: padded, first: false, ahead });
+                        s.tile::<BK>(Tile {
+                            mr,
+                            k: seen,
+                            a,
+                            b,
+                            into: &[Into::sums(c, false)],
+                            stride: padded,
+                            ahead,
+                        });
                     }
                 }
                 key += count;

@@ -14,6 +14,7 @@ mod rows;
 
 pub(super) use self::packed::{largest, quantise};
 use self::rows::{Rows, Store};
+use super::fewer::{self, Scheme};
 use super::gemm::{self, gemm};
 use super::{SharedMut, expect};
 use crate::simd::{Kernel, Simd, math};
@@ -100,6 +101,54 @@ pub fn linear(
 ) -> Result<()> {
     expect(OP, "x", &[m, k], x.len())?;
     linear_strided(cpu, x, k, [m, k], parts, epilogue, y)
+}
+
+/// As [`linear`], by an algorithm with fewer multiplications where weights are floating-point and the sizes make it pay.
+/// Neighbouring rows then share products: a row's last bits depend on the rows beside it, and its error on their magnitudes.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_fewer(
+    cpu: &Cpu,
+    x: &[f32],
+    m: usize,
+    k: usize,
+    parts: &[Part<'_>],
+    epilogue: Epilogue,
+    y: &mut [f32],
+) -> Result<()> {
+    let n = check(x, m, k, parts, epilogue, y)?;
+    let floats = parts.iter().all(|p| !matches!(p.weight, Weight::Packed(_)));
+    match Scheme::for_linear([m, k, n]).filter(|_| floats && epilogue != Epilogue::SwiGlu) {
+        Some(scheme) => linear_by(cpu, &scheme, (x, k), [m, k], parts, epilogue, y),
+        None => linear(cpu, x, m, k, parts, epilogue, y),
+    }
+}
+
+/// [`linear`] by a scheme for `x` with rows of `x_stride` floats; weights are floating-point, and there is no gate.
+pub(super) fn linear_by(
+    cpu: &Cpu,
+    scheme: &Scheme,
+    (x, x_stride): (&[f32], usize),
+    [m, k]: [usize; 2],
+    parts: &[Part<'_>],
+    epilogue: Epilogue,
+    y: &mut [f32],
+) -> Result<()> {
+    let n = check_parts(m, k, parts, epilogue, y)?;
+    let bias = biases(parts);
+    let rows = Rows { parts, k, n, chunk: n, swiglu: false };
+    let y = SharedMut::new(y);
+    let stream = Store::streams(&y, m * n, [n, 0], n);
+    let bias = bias.as_deref();
+    let store = Store { rows: &rows, bias, epilogue, y, stride: n, offset: 0, outputs: n, stream };
+    fewer::multiply(cpu, scheme, x, x_stride, m, &rows, &store)
+}
+
+/// The biases of all rows, where there are any.
+fn biases(parts: &[Part<'_>]) -> Option<Vec<f32>> {
+    let of = |p: &Part<'_>| p.bias.map_or_else(|| vec![0.0; p.rows], <[f32]>::to_vec);
+    parts.iter().any(|p| p.bias.is_some()).then(|| parts.iter().flat_map(of).collect())
 }
 
 /// As [`linear`], with rows of `x` that begin `stride` floats apart and may overlap: what a convolution over frames is.
@@ -195,10 +244,7 @@ fn run(
     y: SharedMut<f32>,
     [stride, offset]: [usize; 2],
 ) -> Result<()> {
-    let bias: Option<Vec<f32>> = parts.iter().any(|p| p.bias.is_some()).then(|| {
-        let of = |p: &Part<'_>| p.bias.map_or_else(|| vec![0.0; p.rows], <[f32]>::to_vec);
-        parts.iter().flat_map(of).collect()
-    });
+    let bias = biases(parts);
     let few = m <= gemv::MAX_M;
     let swiglu = epilogue == Epilogue::SwiGlu;
     let chunk = match shape {
@@ -265,7 +311,13 @@ pub fn linear_scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
     if m <= gemv::MAX_M { 0 } else { 4 * gemm::scratch_floats(cpu, m, k) }
 }
 
-/// The same where weights are packed.
+/// The same for [`linear_fewer`] and `n` outputs.
+pub fn linear_fewer_scratch_bytes(cpu: &Cpu, [m, k, n]: [usize; 3]) -> usize {
+    let fewer = Scheme::for_linear([m, k, n]).map_or(0, |s| 4 * s.scratch_floats(cpu));
+    fewer.max(linear_scratch_bytes(cpu, m, k))
+}
+
+/// The same as [`linear_scratch_bytes`] where weights are packed.
 pub fn packed_scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
     packed::scratch_bytes(cpu, m, k)
 }
