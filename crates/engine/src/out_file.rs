@@ -35,7 +35,8 @@ impl OutFile {
     /// # Errors
     /// [`Error::Checkpoint`] where the model cannot be opened.
     pub fn keeping_model(self, path: impl AsRef<Path>, options: &EngineOptions) -> Result<OutFile> {
-        let open = OpenOptions { mode: options.read_mode, ..OpenOptions::default() };
+        let (mode, mmproj) = (options.read_mode, options.mmproj.clone());
+        let open = OpenOptions { mode, mmproj, check_finite: false };
         let checkpoint = Checkpoint::open(path, &open)?;
         Ok(self.keeping(checkpoint.files()).keeping(&options.adapter))
     }
