@@ -12,8 +12,15 @@ use super::models::{Work, build_program};
 use crate::error::io_error;
 use crate::{Error, Result, repo};
 
-/// Every so many components of a head is an outlier in the second model, this many times as large.
+/// Every so many components of a head is an outlier, this many times as large.
 const OUTLIERS: (usize, f32) = (16, 12.0);
+
+/// Models by where they have outliers: projections, and whether these are rows or columns.
+const MODELS: [(&str, &[(&str, bool)]); 3] = [
+    ("nowhere", &[]),
+    ("keys and values", &[(".k_proj.", true), (".v_proj.", true)]),
+    ("values and behind them", &[(".v_proj.", true), (".o_proj.", false)]),
+];
 
 /// What is folded into the weights around the cache; the matrices stay in F32.
 const FOLDS: [(&str, &[&str]); 4] = [
@@ -244,22 +251,21 @@ impl Bench<'_> {
         Ok(text)
     }
 
-    /// The cache by format and by what is folded into the weights around it, for the text model and for one with outliers,
-    /// as Markdown.
+    /// The cache by format and by what is folded into the weights around it, for models with and without outliers, as
+    /// Markdown.
     fn cache(&self) -> Result<String> {
-        let alike = self.model("alike", DType::F32, &self.sizes.text)?;
-        let outliers = self.model("outliers", DType::F32, &self.sizes.text)?;
-        add_outliers(&outliers.join("model.safetensors"), self.sizes.text.head)?;
         let (seen, other) = (self.samples("cache-seen.jsonl", 3)?, self.samples("cache-other.jsonl", 4)?);
         let mut text = String::from(
-            "| components of a head | folded | int8: KL | same top | int4: KL | same top | int4-row weights around it: KL |\n| --- | --- | --- | --- | --- | --- | --- |\n",
+            "| outliers | folded | int8: KL | same top | int4: KL | same top | int4-row weights around it: KL |\n| --- | --- | --- | --- | --- | --- | --- |\n",
         );
         let number = |v: &Value, name: &str| v[name].as_f64().unwrap_or(f64::NAN);
         let policy = self.file("around.json");
         let rules =
             json!({ "rules": [{ "tensors": ["*.v_proj.weight", "*.o_proj.weight"], "format": "int4-row" }] });
         repo::write(&policy, &rules.to_string())?;
-        for (what, model) in [("alike", &alike), ("with outliers", &outliers)] {
+        for (what, outliers) in MODELS {
+            let model = &self.model(&what.replace(' ', "-"), DType::F32, &self.sizes.text)?;
+            add_outliers(&model.join("model.safetensors"), self.sizes.text.head, outliers)?;
             let table = self.file(&format!("{what}-table"));
             self.run(
                 &["calibrate", "--quiet"],
@@ -349,36 +355,38 @@ impl Bench<'_> {
     }
 }
 
-/// Makes some components of each head of keys and values larger, in a checkpoint of f32.
-fn add_outliers(path: &Path, head: usize) -> Result<()> {
+/// Makes some rows or columns of projections larger, the same components of each head, in a checkpoint of f32.
+fn add_outliers(path: &Path, head: usize, projections: &[(&str, bool)]) -> Result<()> {
     let bad = |found: &str| Error::Content {
         place: path.display().to_string(),
-        wanted: "a safetensors file".into(),
+        wanted: "a safetensors file with these projections".into(),
         found: found.into(),
     };
     let mut file = std::fs::read(path).map_err(io_error("read", path))?;
-    let length =
-        file.first_chunk::<8>().map(|b| u64::from_le_bytes(*b) as usize).ok_or_else(|| bad("no header"))?;
+    let length = file.first_chunk::<8>().map(|b| u64::from_le_bytes(*b) as usize);
+    let length = length.ok_or_else(|| bad("no header"))?;
     let (header, data) = file.split_at_mut_checked(8 + length).ok_or_else(|| bad("a short header"))?;
     let header: Value =
         serde_json::from_slice(header.get(8..).unwrap_or_default()).map_err(|e| bad(&e.to_string()))?;
-    let projections = |name: &str| name.contains(".self_attn.k_proj.") || name.contains(".self_attn.v_proj.");
-    let mut found = 0;
-    for (_, tensor) in header.as_object().into_iter().flatten().filter(|(name, _)| projections(name)) {
-        let number = |v: &Value| v.as_u64().unwrap_or(0) as usize;
-        let width = tensor["shape"].get(1).map_or(1, number).max(1);
-        let [from, to] = [0, 1].map(|i| number(&tensor["data_offsets"][i]));
-        let rows =
-            data.get_mut(from..to).ok_or_else(|| bad("offsets past the end"))?.chunks_exact_mut(4 * width);
-        for (_, row) in rows.enumerate().filter(|(row, _)| row % head % OUTLIERS.0 == OUTLIERS.0 / 2) {
-            for four in row.as_chunks_mut::<4>().0 {
-                *four = (f32::from_le_bytes(*four) * OUTLIERS.1).to_le_bytes();
+    for (projection, rows) in projections {
+        let tensors = header.as_object().into_iter().flatten();
+        let mut found = 0;
+        for (_, tensor) in tensors.filter(|(name, _)| name.contains(projection)) {
+            let number = |v: &Value| v.as_u64().unwrap_or(0) as usize;
+            let width = tensor["shape"].get(1).map_or(1, number).max(1);
+            let [from, to] = [0, 1].map(|i| number(&tensor["data_offsets"][i]));
+            let values = data.get_mut(from..to).ok_or_else(|| bad("offsets past the end"))?;
+            for (i, four) in values.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let component = if *rows { i / width } else { i % width };
+                if component % head % OUTLIERS.0 == OUTLIERS.0 / 2 {
+                    *four = (f32::from_le_bytes(*four) * OUTLIERS.1).to_le_bytes();
+                }
             }
+            found += 1;
         }
-        found += 1;
-    }
-    if found == 0 {
-        return Err(bad("no projections of keys and values"));
+        if found == 0 {
+            return Err(bad(&format!("no `{projection}`")));
+        }
     }
     std::fs::write(path, file).map_err(io_error("write", path))
 }
@@ -400,16 +408,17 @@ pub fn section(peer: Option<&Path>, quick: bool) -> Result<String> {
          its own quantiser (`peers quantize --pure`, no importance matrix), ours from the same F32 GGUF file: plain \
          rounding (with attention's values rotated as well), and search, GPTQ and AWQ with a calibration table of other \
          samples. `pocketglm eval` judges all; every \
-         matrix has the format, the embedding table and the head too. Formats whose name begins with Q are GGUF's, with \
-         the same bits on both sides.\n\n",
+         matrix has the format, the embedding table and the head too. Formats whose name begins with Q are GGUF's, in \
+         GGUF files with the same bits on both sides; `bits` are those of the file that was judged, of a `.pglm` file the \
+         kernels' panels.\n\n",
         prompts.0 * (prompts.1 - 1)
     );
     let text = bench.text()?;
     let cache = format!(
         "\nThe cache by format, and what is folded into the weights around it (F32, so that nothing else is lost), against \
-         a cache in f32. In the second model, of the same sizes, every {}th component of a head's keys and values is {} times as \
-         large. The last column has the cache in f32 and int4-row weights, of the least squared error, before and \
-         behind the values.\n\n{}",
+         a cache in f32. Where a model of the same sizes has outliers, every {}th component of a head is {} times as large: \
+         in the rows that make keys and values, or in the columns behind the values. The last column has the cache in f32 and \
+         int4-row weights (of the least squared error) before and behind the values.\n\n{}",
         OUTLIERS.0,
         OUTLIERS.1,
         bench.cache()?
@@ -434,8 +443,8 @@ mod tests {
             text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
         // Nine formats with five methods each, and those of the vision encoder but F16.
         assert_eq!(rows.len(), 9 * 5 + 1, "{text}");
-        let cache = text.lines().filter(|l| l.starts_with("| alike") || l.starts_with("| with outliers"));
-        assert_eq!(cache.count(), 2 * FOLDS.len(), "{text}");
+        let cache = |l: &&str| MODELS.iter().any(|(what, _)| l.starts_with(&format!("| {what} |")));
+        assert_eq!(text.lines().filter(cache).count(), MODELS.len() * FOLDS.len(), "{text}");
         assert!(!text.contains("NaN"), "{text}");
     }
 }
