@@ -88,7 +88,7 @@ impl State {
             room.copy_from_slice(piece);
         }
         chunk.fill(offset..offset + piece.len());
-        if chunk.filled == [0..CHUNK] {
+        if chunk.filled.first() == Some(&(0..CHUNK)) {
             return self.open.remove_entry(&begin);
         }
         // Most files are written from their beginning on: what is still open there waits for something that comes late.
