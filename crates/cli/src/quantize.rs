@@ -40,7 +40,7 @@ pub struct QuantizeArgs {
     calibration: Option<PathBuf>,
     /// Fold scales of the KV cache's components, from --calibration, into the weights, for heads that then lose less on what
     /// calibration saw in a cache of int8 and of int4. Helps where a few components are large; heads without such ones
-    /// stay as they are.
+    /// stay as they are. Weights of 4 bits and one scale a row may lose by it.
     #[arg(long)]
     kv_scales: bool,
     /// Rotate attention's values by Hadamard matrices, folded into the weights: outliers are spread before they are rounded,

@@ -22,7 +22,7 @@ pub struct Verified {
 /// the ways of reading and `progress` count.
 ///
 /// # Errors
-/// [`Error::Weights`] with what [`Checkpoint::open`], [`Checkpoint::verify`] and [`Checkpoint::check_finite`] report.
+/// [`Error::Checkpoint`] with what [`Checkpoint::open`], [`Checkpoint::verify`] and [`Checkpoint::check_finite`] report.
 pub fn verify_model(path: impl AsRef<Path>, options: &EngineOptions) -> Result<Verified> {
     let (mode, mmproj) = (options.read_mode, options.mmproj.clone());
     let checkpoint = Checkpoint::open(path, &OpenOptions { mode, mmproj, check_finite: false })?;
