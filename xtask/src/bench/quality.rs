@@ -273,9 +273,11 @@ impl Bench<'_> {
             )?;
             let (mut exact, mut rounded) = (Vec::new(), Vec::new());
             for (i, (_, flags)) in FOLDS.iter().enumerate() {
-                for (policy, list) in [(Path::new("F32"), &mut exact), (policy.as_path(), &mut rounded)] {
-                    let out = self.file(&format!("{what}-{i}-{}.pglm", list.len()));
-                    let mut arguments = vec!["quantize", "--quiet", "--force"];
+                for (kind, policy, list) in
+                    [("exact", Path::new("F32"), &mut exact), ("rounded", policy.as_path(), &mut rounded)]
+                {
+                    let out = self.file(&format!("{what}-{kind}-{i}.pglm"));
+                    let mut arguments = vec!["quantize", "--quiet"];
                     arguments.extend(*flags);
                     let paths = [
                         ("--policy", policy),
