@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use pocketglm_checkpoint::{
-    Checkpoint, FileBytes, GgufFile, GgufMeta, GgufWriter, OpenOptions, PglmContents, PglmFile, PglmWriter,
-    ReadMode, SafetensorsFile, export_pglm,
+    Checkpoint, Error, FileBytes, GgufFile, GgufMeta, GgufWriter, OpenOptions, PglmContents, PglmFile,
+    PglmWriter, ReadMode, SafetensorsFile, export_pglm,
 };
 use pocketglm_tensor::{Block, Bytes, DType, TensorInfo, WeightSource};
 use sha2::{Digest, Sha256};
