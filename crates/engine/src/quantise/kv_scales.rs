@@ -228,7 +228,7 @@ mod tests {
         let (without, with) =
             (losses(&cpu, &seen, &[1.0; 64]).unwrap(), losses(&cpu, &seen, &found).unwrap());
         for (without, with) in without.iter().zip(&with) {
-            assert!(with[0] == without[0] && with[1] < 0.05 * without[1], "{without:?} {with:?}");
+            assert!(with[0] == without[0] && with[1] < 0.1 * without[1], "{without:?} {with:?}");
         }
     }
 }
