@@ -66,7 +66,7 @@ pub struct OpenOptions {
     pub mode: ReadMode,
     /// Whether to read all weights at once and refuse NaN and infinity.
     pub check_finite: bool,
-    /// The vision file of a GGUF model, for which it is no error to give one that has none. Where it is not given, the one file
+    /// The vision file of a GGUF model; an error for a model of another kind. Where it is not given, the one file
     /// beside the text file whose name has `mmproj` in it and whose keys fit is taken; of several the one that is named
     /// `mmproj-` and like the text file.
     pub mmproj: Option<PathBuf>,
@@ -130,6 +130,10 @@ impl Checkpoint {
         } else {
             Checkpoint::single(path, &find::model_in(path)?, options)?
         };
+        if let (Some(vision), Store::Shards { .. } | Store::Pglm(_)) = (&options.mmproj, &this.store) {
+            let wanted = format!("GGUF text file for the vision file {}", vision.display());
+            return Err(Error::NoFile { wanted, folder: path.to_owned() });
+        }
         if options.check_finite {
             this.check_finite()?;
         }

@@ -1,7 +1,7 @@
 //! Pieces of a file, put together and written in aligned chunks.
 //!
 //! What is written at once, from a multiple of its length on, can lie in one large page of the system's cache. Whoever maps the
-//! file then needs one entry in the page tables for it: of a model of gigabytes, tenths of a second at every start.
+//! file then needs one entry in the page tables for it instead of hundreds.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

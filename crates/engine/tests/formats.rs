@@ -305,7 +305,9 @@ fn weights_that_are_no_numbers_are_refused_where_they_are_copied_too() {
             std::fs::write(&weights, &bytes).unwrap();
             let error = quantise(policy).unwrap_err().to_string();
             assert!(
-                error.contains(name) && error.contains("model.safetensors") && error.contains('5'),
+                error.contains(name)
+                    && error.contains("model.safetensors")
+                    && error.contains("element 5 is NaN or infinite"),
                 "{error}"
             );
             assert!(!made.exists());
@@ -338,6 +340,9 @@ fn of_several_vision_files_the_one_named_like_the_text_file_or_the_one_asked_for
     assert!(files(None).unwrap_err().to_string().contains("--mmproj"));
     let mmproj = Some(at("mmproj-third.gguf"));
     let options = EngineOptions { mmproj: mmproj.clone(), ..EngineOptions::default() };
+    // A model that is no GGUF file has no use for it, and says so.
+    let error = Engine::open(golden("default"), options.clone()).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("no GGUF text file for the vision file"), "{error}");
     assert!(Engine::open(at("text.gguf"), options).unwrap().info().vision.count > 0);
     let options = QuantiseOptions { mmproj, ..QuantiseOptions::new(Policy::load("int8").unwrap()) };
     let plan = Quantiser::open(at("text.gguf"), options).unwrap().plan().clone();
