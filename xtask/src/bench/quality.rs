@@ -36,6 +36,9 @@ const SIDE_FILES: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"];
 /// Ids below are ordinary tokens of that tokenizer.
 const ORDINARY: u64 = 900;
+/// Tiny checkpoints that are judged as well, and the ids below which tokens are ordinary. Rows of 64 and 112 values in the
+/// first, of 256 and 64 in the second: where a format's blocks do not divide them, both quantisers take other ones.
+const TINY: [(&str, u64); 2] = [(BASE, ORDINARY), ("tests/golden/real-head-dim", 300)];
 
 /// Formats that llama.cpp's quantiser is asked for, and ours of at most as many bits.
 const PAIRS: [(&str, &[&str]); 5] = [
@@ -69,6 +72,7 @@ struct Sizes {
     vision: Shape,
     /// Prompts and tokens of each.
     prompts: (usize, usize),
+    tiny: usize,
     vision_formats: usize,
 }
 
@@ -79,12 +83,13 @@ impl Sizes {
                 text: Shape { layers: 6, hidden: 512, head: 64, inner: 1536, vision: (0, 64) },
                 vision: Shape { layers: 1, hidden: 4096, head: 128, inner: 13_696, vision: (24, 1536) },
                 prompts: (24, 128),
+                tiny: TINY.len(),
                 vision_formats: VISION.len(),
             },
             true => {
                 let small =
                     |blocks| Shape { layers: 1, hidden: 256, head: 64, inner: 256, vision: (blocks, 64) };
-                Sizes { text: small(0), vision: small(1), prompts: (2, 16), vision_formats: 2 }
+                Sizes { text: small(0), vision: small(1), prompts: (2, 16), tiny: 1, vision_formats: 2 }
             }
         }
     }
@@ -161,11 +166,11 @@ impl Bench<'_> {
     }
 
     /// Prompts of ordinary tokens: what an untrained model reads does not matter, as long as both read the same.
-    fn samples(&self, name: &str, seed: u64) -> Result<PathBuf> {
+    fn samples(&self, name: &str, seed: u64, ordinary: u64) -> Result<PathBuf> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) % ORDINARY
+            (state >> 33) % ordinary
         };
         let mut text = String::new();
         for _ in 0..self.sizes.prompts.0 {
@@ -192,16 +197,17 @@ impl Bench<'_> {
         Ok(all)
     }
 
-    /// The text model by format, as Markdown.
-    fn text(&self) -> Result<String> {
-        let model = self.model("text", DType::F32, &self.sizes.text)?;
-        let whole = self.file("f32.gguf");
-        self.run(&["quantize", "--policy", "F32", "--quiet"], &[("--model", &model), ("--out", &whole)])?;
+    /// A model's decoder by format, as Markdown. Its prompts have ids below `ordinary`.
+    fn text(&self, model: &Path, ordinary: u64) -> Result<String> {
+        let folder = Work::new("quality-text")?;
+        let whole = folder.0.join("f32.gguf");
+        self.run(&["quantize", "--policy", "F32", "--quiet"], &[("--model", model), ("--out", &whole)])?;
         // The decoder alone is judged; llama.cpp's files have no vision part either.
-        let vision = self.file("mmproj-f32.gguf");
+        let vision = folder.0.join("mmproj-f32.gguf");
         std::fs::remove_file(&vision).map_err(io_error("remove", &vision))?;
-        let (seen, other) = (self.samples("seen.jsonl", 1)?, self.samples("other.jsonl", 2)?);
-        let table = self.file("table");
+        let (seen, other) =
+            (self.samples("seen.jsonl", 1, ordinary)?, self.samples("other.jsonl", 2, ordinary)?);
+        let table = folder.0.join("table");
         self.run(
             &["calibrate", "--second-moments", "*", "--quiet"],
             &[("--model", &whole), ("--samples", &seen), ("--out", &table)],
@@ -209,7 +215,7 @@ impl Bench<'_> {
         let mut rows: Vec<(String, String, PathBuf)> = Vec::new();
         for (theirs, ours) in PAIRS {
             if let Some(peer) = self.peer {
-                let out = self.file(&format!("llama-{theirs}.gguf"));
+                let out = folder.0.join(format!("llama-{theirs}.gguf"));
                 let mut quantize = Command::new(peer);
                 quantize.arg("quantize").args(["--type", theirs, "--pure", "--in"]).arg(&whole);
                 repo::output_of(quantize.arg("--out").arg(&out))?;
@@ -218,8 +224,8 @@ impl Bench<'_> {
             for format in ours {
                 for method in ["round", "round --rotate", "search", "gptq", "awq"] {
                     let block = format.starts_with('Q');
-                    let out = self
-                        .file(&format!("{theirs}-{format}-{method}.{}", if block { "gguf" } else { "pglm" }));
+                    let kind = if block { "gguf" } else { "pglm" };
+                    let out = folder.0.join(format!("{theirs}-{format}-{method}.{kind}"));
                     let mut arguments = vec!["quantize", "--policy", format, "--quiet", "--method"];
                     arguments.extend(method.split(' '));
                     self.run(&arguments, &[("--model", &whole), ("--calibration", &table), ("--out", &out)])?;
@@ -254,7 +260,7 @@ impl Bench<'_> {
     /// The cache by format and by what is folded into the weights around it, for models with and without outliers, as
     /// Markdown.
     fn cache(&self) -> Result<String> {
-        let (seen, other) = (self.samples("cache-seen.jsonl", 3)?, self.samples("cache-other.jsonl", 4)?);
+        let (seen, other) = (self.samples("cache-seen.jsonl", 3, ORDINARY)?, self.samples("cache-other.jsonl", 4, ORDINARY)?);
         let mut text = String::from(
             "| outliers | folded | int8: KL | same top | int4: KL | same top | int4-row weights around it: KL |\n| --- | --- | --- | --- | --- | --- | --- |\n",
         );
@@ -415,7 +421,15 @@ pub fn section(peer: Option<&Path>, quick: bool) -> Result<String> {
          kernels' panels.\n\n",
         prompts.0 * (prompts.1 - 1)
     );
-    let text = bench.text()?;
+    let mut text = bench.text(&bench.model("text", DType::F32, &bench.sizes.text)?, ORDINARY)?;
+    for (model, ordinary) in &TINY[..bench.sizes.tiny] {
+        let _ = write!(
+            text,
+            "\nThe same of the decoder in `{model}`. Some of its rows are no whole number of a format's blocks; both \
+             quantisers then take another format, of the same size on both sides.\n\n{}",
+            bench.text(&repo::root().join(model), *ordinary)?
+        );
+    }
     let cache = format!(
         "\nThe cache by format, and what is folded into the weights around it (F32, so that nothing else is lost), against \
          a cache in f32. Where a model of the same sizes has outliers, every {}th component of a head is {} times as large: \
@@ -443,8 +457,8 @@ mod tests {
         let text = section(None, true).unwrap();
         let rows: Vec<&str> =
             text.lines().filter(|l| l.starts_with("| Q") || l.starts_with("| int")).collect();
-        // Nine formats with five methods each, and those of the vision encoder but F16.
-        assert_eq!(rows.len(), 9 * 5 + 1, "{text}");
+        // Nine formats with five methods each for two models, and those of the vision encoder but F16.
+        assert_eq!(rows.len(), 2 * 9 * 5 + 1, "{text}");
         let cache = |l: &&str| MODELS.iter().any(|(what, _)| l.starts_with(&format!("| {what} |")));
         assert_eq!(text.lines().filter(cache).count(), MODELS.len() * FOLDS.len(), "{text}");
         assert!(!text.contains("NaN"), "{text}");
