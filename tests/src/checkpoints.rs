@@ -651,7 +651,8 @@ fn opening_takes_time_in_proportion_to_the_layers() {
         worked
     };
     time(32);
-    let (few, many) = (time(32), time(256));
-    // Eight times the layers; passes that count all users anew at each match took a hundred times as long.
-    assert!(many < few * 24 && many < PATIENCE, "{few:?}, {many:?}");
+    let tries: Vec<_> = (0..3).map(|_| (time(32), time(256))).collect();
+    // Eight times the layers; passes that count all users anew at each match took a hundred times as long. Other tests slow
+    // down some tries.
+    assert!(tries.iter().any(|&(few, many)| many < few * 24 && many < PATIENCE), "{tries:?}");
 }

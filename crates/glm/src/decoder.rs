@@ -51,16 +51,16 @@ pub fn decoder(g: &mut GraphBuilder<'_>, config: &TextConfig, trace: Trace) -> R
             if trace == Trace::HiddenStates {
                 g.output(&format!("hidden_states.{i}"), x);
             }
-            x = g.scoped(&format!("layers.{i}"), |g| layer(g, config, x, rope))?;
+            // Behind the last layer's attention nothing looks at other rows, so those that are wanted are enough.
+            let wanted = (trace == Trace::Off && i + 1 == config.num_hidden_layers).then_some(logit_rows);
+            x = g.scoped(&format!("layers.{i}"), |g| layer(g, config, x, rope, wanted))?;
         }
-        if trace == Trace::HiddenStates {
-            x = g.rms_norm("norm", x, config.rms_norm_eps)?;
-            g.output(&format!("hidden_states.{}", config.num_hidden_layers), x);
-            return g.gather_rows(x, logit_rows);
+        let x = g.rms_norm("norm", x, config.rms_norm_eps)?;
+        if trace == Trace::Off {
+            return Ok(x);
         }
-        // The norm works row by row, so only the rows that are wanted need it.
-        let x = g.gather_rows(x, logit_rows)?;
-        g.rms_norm("norm", x, config.rms_norm_eps)
+        g.output(&format!("hidden_states.{}", config.num_hidden_layers), x);
+        g.gather_rows(x, logit_rows)
     })?;
     let logits = if config.tie_word_embeddings {
         let head = g.weight("model.language_model.embed_tokens.weight", &[config.vocab_size, d])?;
@@ -80,12 +80,20 @@ pub fn decoder(g: &mut GraphBuilder<'_>, config: &TextConfig, trace: Trace) -> R
     Ok(())
 }
 
-/// One decoder layer: each half has a norm before it and a norm before its residual; `x: [T, D]`.
-fn layer(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Value) -> Result<Value> {
+/// One decoder layer: each half has a norm before it and a norm before its residual; `x: [T, D]`. The result has the
+/// `wanted` rows, or all.
+fn layer(
+    g: &mut GraphBuilder<'_>,
+    config: &TextConfig,
+    x: Value,
+    rope: Value,
+    wanted: Option<Value>,
+) -> Result<Value> {
     let eps = config.rms_norm_eps;
     let a = g.rms_norm("input_layernorm", x, eps)?;
-    let a = g.scoped("self_attn", |g| attention(g, config, a, rope))?;
+    let a = g.scoped("self_attn", |g| attention(g, config, a, rope, wanted))?;
     let a = g.rms_norm("post_self_attn_layernorm", a, eps)?;
+    let x = rows(g, x, wanted)?;
     let x = g.add(x, a)?;
     let m = g.rms_norm("post_attention_layernorm", x, eps)?;
     let m = g.scoped("mlp", |g| mlp(g, config, m))?;
@@ -93,8 +101,22 @@ fn layer(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Value) -
     g.add(x, m)
 }
 
-/// Causal attention over the cache; `x: [T, D]`.
-fn attention(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Value) -> Result<Value> {
+/// The `wanted` rows of `x`, or all.
+fn rows(g: &mut GraphBuilder<'_>, x: Value, wanted: Option<Value>) -> Result<Value> {
+    match wanted {
+        Some(wanted) => g.gather_rows(x, wanted),
+        None => Ok(x),
+    }
+}
+
+/// Causal attention over the cache; `x: [T, D]`, the result as in [`layer`].
+fn attention(
+    g: &mut GraphBuilder<'_>,
+    config: &TextConfig,
+    x: Value,
+    rope: Value,
+    wanted: Option<Value>,
+) -> Result<Value> {
     let (h, k, d) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
     let (t, past) = (g.shape(x)[0].clone(), Dim::symbol("P"));
     let keys = past.clone() + t.clone();
@@ -117,6 +139,7 @@ fn attention(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value, rope: Valu
     let scale = 1.0 / (d as f32).sqrt();
     let mask = SoftmaxMask::Causal { past: past.clone() };
     let y = g.attention(q, keys_now, values_now, scale, mask, None)?;
+    let y = rows(g, y, wanted)?;
     g.linear("o_proj", y, config.hidden_size, false)
 }
 
@@ -129,4 +152,50 @@ fn mlp(g: &mut GraphBuilder<'_>, config: &TextConfig, x: Value) -> Result<Value>
     let gate = g.silu(gate)?;
     let y = g.mul(gate, up)?;
     g.linear("down_proj", y, config.hidden_size, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> TextConfig {
+        TextConfig {
+            vocab_size: 20,
+            hidden_size: 8,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 4,
+            intermediate_size: 12,
+            rms_norm_eps: 1e-5,
+            attention_bias: true,
+            max_position_embeddings: 64,
+            rope_theta: 10_000.0,
+            rotary_dim: 2,
+            mrope_section: [1, 0, 0],
+            tie_word_embeddings: false,
+        }
+    }
+
+    /// Rows of every result of the MLP in each layer.
+    fn mlp_rows(trace: Trace) -> [Vec<Dim>; 2] {
+        let mut g = GraphBuilder::assuming(DType::F32);
+        decoder(&mut g, &config(), trace).unwrap();
+        let graph = g.finish();
+        [0, 1].map(|layer| {
+            let scope = format!("model.language_model.layers.{layer}.mlp");
+            let nodes = graph.nodes().iter().filter(|n| n.scope == scope && !n.op.is_source());
+            nodes.flat_map(|n| &n.outputs).map(|meta| meta.shape[0].clone()).collect()
+        })
+    }
+
+    #[test]
+    fn the_last_layer_computes_the_wanted_rows_alone_unless_it_is_traced() {
+        let all =
+            |rows: &[Dim], dim: &'static str| !rows.is_empty() && rows.iter().all(|r| *r == Dim::symbol(dim));
+        let [first, last] = mlp_rows(Trace::Off);
+        assert!(all(&first, "T") && all(&last, "R"), "{first:?} {last:?}");
+        let [first, last] = mlp_rows(Trace::HiddenStates);
+        assert!(all(&first, "T") && all(&last, "T"), "{first:?} {last:?}");
+    }
 }

@@ -260,7 +260,8 @@ impl Bench<'_> {
     /// The cache by format and by what is folded into the weights around it, for models with and without outliers, as
     /// Markdown.
     fn cache(&self) -> Result<String> {
-        let (seen, other) = (self.samples("cache-seen.jsonl", 3, ORDINARY)?, self.samples("cache-other.jsonl", 4, ORDINARY)?);
+        let (seen, other) =
+            (self.samples("cache-seen.jsonl", 3, ORDINARY)?, self.samples("cache-other.jsonl", 4, ORDINARY)?);
         let mut text = String::from(
             "| outliers | folded | int8: KL | same top | int4: KL | same top | int4-row weights around it: KL |\n| --- | --- | --- | --- | --- | --- | --- |\n",
         );

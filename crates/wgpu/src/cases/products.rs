@@ -183,20 +183,27 @@ fn norms(list: &mut Vec<Case>) -> Result<()> {
                     d.linear(g, "l", dtype, x, [n, k], bias)
                 })?);
             }
-            let extra = " behind a sum and two norms, gate and up";
-            let bound = if bound == HALF_SCALES { HALF_SCALES_SWIGLU } else { bound };
-            let about = About::new("norm_linear", form(dtype, [m, n, k], extra), bound);
-            list.push(about.fused(&["norm_add", "norm_linear_swiglu"]).build(|d, g| {
-                let x = d.x(g, "x", &[m, k])?;
-                let y = d.x_of(g, "y", &[m, k], Fill::Negative)?;
-                let y = d.rms(g, "inner", y, k)?;
-                let h = g.add(x, y)?;
-                let normed = d.rms(g, "outer", h, k)?;
-                let y = swiglu(d, g, dtype, normed, [n, k])?;
-                let h = g.scale(h, 0.5)?;
-                g.output("h", h);
-                Ok(y)
-            })?);
+            for (gated, fused) in [(true, "norm_linear_swiglu"), (false, "norm_linear")] {
+                let extra = if gated { ", gate and up" } else { ", no bias" };
+                let bound = if gated && bound == HALF_SCALES { HALF_SCALES_SWIGLU } else { bound };
+                let what = format!(" behind a sum and two norms{extra}");
+                let about = About::new("norm_linear", form(dtype, [m, n, k], &what), bound);
+                list.push(about.fused(&["norm_add", fused]).build(|d, g| {
+                    let x = d.x(g, "x", &[m, k])?;
+                    // Where all values have one sign, steps and minima of the weights nearly cancel.
+                    let y = d.x_of(g, "y", &[m, k], if gated { Fill::Negative } else { Fill::Spread })?;
+                    let y = d.rms(g, "inner", y, k)?;
+                    let h = g.add(x, y)?;
+                    let normed = d.rms(g, "outer", h, k)?;
+                    let y = match gated {
+                        true => swiglu(d, g, dtype, normed, [n, k])?,
+                        false => d.linear(g, "l", dtype, normed, [n, k], false)?,
+                    };
+                    let h = g.scale(h, 0.5)?;
+                    g.output("h", h);
+                    Ok(y)
+                })?);
+            }
         }
     }
     Ok(())
