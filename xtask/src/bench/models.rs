@@ -35,8 +35,10 @@ impl Drop for Work {
 /// What a token costs at least.
 #[derive(Clone, Copy, Debug)]
 pub struct Cost {
-    /// Values of the matrices of the decoder's layers; a prefill multiplies every token with each.
+    /// Values of the matrices of the decoder's layers.
     pub layers: f64,
+    /// Those that a prefill multiplies every token with: of the last layer q, k and v alone.
+    pub prefill: f64,
     /// Bytes of these, as stored.
     pub layer_bytes: f64,
     /// Bytes of these and of the head, as stored: what decoding reads for each token.
@@ -56,11 +58,20 @@ pub fn cost(model: &Path) -> Result<Cost> {
     let tensors = checkpoint.tensors();
     let is_head = |name: &str| name.ends_with("lm_head.weight");
     let tied = !tensors.iter().any(|t| is_head(&t.name));
-    let mut cost = Cost { layers: 0.0, layer_bytes: 0.0, read: 0.0 };
+    let layer_of = |name: &str| {
+        let number = name.split_once("layers.")?.1.split('.').next()?;
+        number.parse::<usize>().ok()
+    };
+    let last = tensors.iter().filter(|t| !t.name.contains("visual.")).filter_map(|t| layer_of(&t.name)).max();
+    let mut cost = Cost { layers: 0.0, prefill: 0.0, layer_bytes: 0.0, read: 0.0 };
     for t in tensors.iter().filter(|t| t.shape.len() == 2 && !t.name.contains("visual.")) {
         let layer = t.name.contains("layers.");
         if layer {
             cost.layers += t.elements() as f64;
+            let for_keys = ["q_proj.", "k_proj.", "v_proj."].iter().any(|part| t.name.contains(part));
+            if for_keys || layer_of(&t.name) != last {
+                cost.prefill += t.elements() as f64;
+            }
             cost.layer_bytes += t.bytes() as f64;
         }
         if layer || is_head(&t.name) || tied && t.name.ends_with("embed_tokens.weight") {
@@ -103,8 +114,8 @@ pub fn section(cpu: &Cpu, rounds: usize, arguments: &super::Arguments) -> Result
             decode.push(number(&last, "decode_tokens_per_s")?);
         }
         let (prefill, decode, flops, bytes) = (median(prefill), median(decode), median(flops), median(bytes));
-        // The head is computed for the last token alone.
-        let per_token = 2.0 * cost.layers / 1e9;
+        // The head and most of the last layer are computed for the last token alone.
+        let per_token = 2.0 * cost.prefill / 1e9;
         let _ = writeln!(
             text,
             "| {dtype} | prefill of {prompt} | {prefill:.1} | {:.0} of {flops:.0} GFLOP/s | {:.0} % |",
@@ -189,6 +200,8 @@ mod tests {
         // 101,376 values in the layers' matrices and a head of 1024 x 64, in f32.
         let plain = cost("default");
         assert_eq!((plain.layers, plain.read), (101_376.0, 4.0 * (101_376.0 + 65_536.0)));
+        // Two of the three layers, and q, k and v of the last.
+        assert_eq!(plain.prefill, 2.0 * 33_792.0 + 8_192.0);
         // A head of its own, and the embedding table in its place: 352 x 32 in bf16.
         for name in ["bf16", "tied"] {
             let half = cost(name);

@@ -323,7 +323,7 @@ fn row(item: &Item, sides: &Sides, limit: f64, cost: &Cost) -> String {
     let rates = item.tokens as f64 / ours / 1e9;
     let share = match item.limit {
         Limit::Operations => {
-            format!("{:.0} % of {limit:.0} GOP/s", 100.0 * rates * 2.0 * cost.layers / limit)
+            format!("{:.0} % of {limit:.0} GOP/s", 100.0 * rates * 2.0 * cost.prefill / limit)
         }
         Limit::Bytes => format!("{:.0} % of {limit:.1} GB/s", 100.0 * rates * cost.read / limit),
         Limit::None => String::new(),
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_share_of_the_limit_counts_what_a_token_costs() {
-        let cost = Cost { layers: 1e9, layer_bytes: 5e8, read: 5e8 };
+        let cost = Cost { layers: 1e9, prefill: 1e9, layer_bytes: 5e8, read: 5e8 };
         let plan = Plan::new(3, 0, None);
         let [prefill, decode] = &items(&plan)[..] else { panic!("two items without depth and picture") };
         let sides = |ours: f64| Sides { ours: vec![ours; 3], theirs: vec![2.0 * ours; 3] };
