@@ -319,7 +319,12 @@ mod tests {
         let programs = [program(&graph, "decode", &decoder_sizes(1, 8)).unwrap()];
         let page = drawing("tiny", "decoder", &graph, &programs, 3);
         assert!(page.starts_with("<svg") && page.trim_end().ends_with("</svg>"));
-        assert_eq!(page.matches("2 more layers like this").count(), 4, "a box and its hint on each side");
+        assert_eq!(
+            page.matches("2 more layers, 1 of them like this").count(),
+            4,
+            "a box and its hint on each side"
+        );
+        assert_eq!(page.matches("logit_rows [R]").count(), 2, "named where the last layer reads it");
         for word in ["before", "after", "logits", "lm_head", "embed_tokens", "attention", "@BOTTOM@"] {
             assert_eq!(page.contains(word), word != "@BOTTOM@", "{word}");
         }

@@ -36,12 +36,14 @@ pub fn sketch(graph: &Graph) -> Sketch {
     // The folded box stands after everything that the folded layers need, so that arrows lead forwards.
     let last = nodes.iter().rposition(|n| drawn(n) && layer(n).is_some_and(|l| l > 0));
     let unfolded = (0..nodes.len()).filter(|&i| drawn(&nodes[i]) && layer(&nodes[i]).is_none_or(|l| l == 0));
-    let unfolded: Vec<usize> = unfolded.collect();
+    // What folded layers alone read is named in their box: a box of its own would stand beside the last of layer 0.
+    let inside = inputs_of_folded(graph);
+    let unfolded: Vec<usize> = unfolded.filter(|i| !inside.contains(i)).collect();
     let needs_folded = after_folded(graph);
     for pass in [false, true] {
         if pass && last.is_some() {
             folded = Some(sketch.boxes.len());
-            sketch.boxes.push(folded_box(graph, &others));
+            sketch.boxes.push(folded_box(graph, &others, &inside));
         }
         for &i in unfolded.iter().filter(|&&i| needs_folded.contains(&i) == pass) {
             box_of.insert(i, sketch.boxes.len());
@@ -98,7 +100,20 @@ fn after_folded(graph: &Graph) -> BTreeSet<usize> {
     after
 }
 
-fn folded_box(graph: &Graph, others: &BTreeSet<usize>) -> Shape {
+/// Inputs of the graph that folded layers alone use.
+fn inputs_of_folded(graph: &Graph) -> BTreeSet<usize> {
+    let nodes = graph.nodes();
+    let is_folded = |node: &Node| layer(node).is_some_and(|l| l > 0);
+    let all_folded = |i: usize| {
+        let mut users = nodes.iter().filter(|n| n.inputs.iter().any(|v| v.node() == i)).peekable();
+        users.peek().is_some() && users.all(is_folded)
+    };
+    let inputs =
+        (0..nodes.len()).filter(|&i| matches!(nodes[i].op, Op::Input(_)) && layer(&nodes[i]).is_none());
+    inputs.filter(|&i| all_folded(i)).collect()
+}
+
+fn folded_box(graph: &Graph, others: &BTreeSet<usize>, inputs: &BTreeSet<usize>) -> Shape {
     let ops = |l: usize| -> Vec<&'static str> {
         let of_layer = graph.nodes().iter().filter(|n| layer(n) == Some(l) && drawn(n) && !n.op.is_source());
         of_layer.map(|n| n.op.name()).collect()
@@ -111,7 +126,12 @@ fn folded_box(graph: &Graph, others: &BTreeSet<usize>) -> Shape {
     } else {
         format!("{} more layers, {equal} of them like this", others.len())
     };
-    let lines = vec![format!("{} node{} each", first.len(), plural(first.len()))];
+    let mut lines = vec![format!("{} node{} each", first.len(), plural(first.len()))];
+    for &i in inputs {
+        if let Op::Input(input) = &graph.nodes()[i].op {
+            lines.push(format!("{} {}", input.name, dims(&graph.nodes()[i].outputs[0].shape)));
+        }
+    }
     Shape { hint: title.clone(), title, lines, family: Family::Folded, framed: false }
 }
 
