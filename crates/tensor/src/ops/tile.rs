@@ -82,22 +82,30 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     let mut sums = [[s.splat(0.0); NV]; MR];
     // SAFETY: every address below is an element that the caller promised.
     unsafe {
-        for to in into.iter().filter(|to| !to.first) {
-            // Added at the end, so that the first steps do not wait for them.
-            for i in 0..MR {
-                for j in (0..NV * S::WIDTH).step_by(16) {
-                    s.prefetch_near(to.c.add(i * stride + j).cast());
-                }
-            }
-        }
-        let asked = ahead.lines.min(k);
+        // Sums are asked for in the last steps: a long panel passes through the first-level cache before.
+        let row_lines = (NV * S::WIDTH).div_ceil(16);
+        let late = (into.len() * MR * row_lines).min(k);
+        let asked = ahead.lines.min(k - late);
         for p in 0..asked {
             s.prefetch(ahead.both[0].address(p));
             s.prefetch(ahead.both[1].address(p));
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
-        for p in asked..k {
+        for p in asked..k - late {
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
+        }
+        let mut p = k - late;
+        'late: for to in into {
+            for i in 0..MR {
+                for j in 0..row_lines {
+                    if p == k {
+                        break 'late;
+                    }
+                    s.prefetch_near(to.c.wrapping_add(i * stride + j * 16).cast());
+                    step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
+                    p += 1;
+                }
+            }
         }
         for to in into {
             let factor = s.splat(to.factor);
