@@ -19,7 +19,7 @@ const KC: [usize; 2] = [512, 256];
 /// Tiles of the positions of one task, likewise: their packed rows stay in the second-level cache while all panels pass by.
 const TILES: [usize; 2] = [8, 6];
 /// Results that are many.
-const MANY: usize = 16;
+const MANY: usize = 12;
 /// Floats of the sums of one task, which stay there as well.
 const SUMS: usize = 112 << 10;
 /// Steps of the right operand that are packed at a time.
@@ -75,19 +75,24 @@ impl Scheme {
         Scheme { products, k, n, x_step: 1, y_step: 1, results: vec![[0, 0]] }
     }
 
-    /// Three taps of `k` channels each over frames, two frames from one result to the next: two neighbouring results need
-    /// five products (Winograd 1980), since the even frames meet two taps. `b` has the taps one below the other.
+    /// Three taps of `k` channels each over frames, two frames from one result to the next: three neighbouring results need
+    /// seven products instead of nine (Winograd 1980), since the even frames meet two taps. `b` has the taps one below the
+    /// other.
     pub(crate) fn three_taps(k: usize, n: usize) -> Scheme {
         let x = |row, factor| Term { row, column: 0, factor };
-        let w = |tap: usize| Term { row: tap * k, column: 0, factor: 1.0 };
+        let w = |tap: usize, factor| Term { row: tap * k, column: 0, factor };
+        let both = |sign: f32| vec![w(0, 0.5), w(2, 0.5 * sign)];
+        let odd = |y: usize| Product { x: vec![x(2 * y + 1, 1.0)], b: vec![w(1, 1.0)], y: vec![(y, 1.0)] };
         let products = vec![
-            Product { x: vec![x(0, 1.0), x(2, -1.0)], b: vec![w(0)], y: vec![(0, 1.0)] },
-            Product { x: vec![x(1, 1.0)], b: vec![w(1)], y: vec![(0, 1.0)] },
-            Product { x: vec![x(2, 1.0)], b: vec![w(0), w(2)], y: vec![(0, 1.0), (1, 1.0)] },
-            Product { x: vec![x(2, -1.0), x(4, 1.0)], b: vec![w(2)], y: vec![(1, 1.0)] },
-            Product { x: vec![x(3, 1.0)], b: vec![w(1)], y: vec![(1, 1.0)] },
+            Product { x: vec![x(0, 1.0), x(4, -1.0)], b: vec![w(0, 1.0)], y: vec![(0, 1.0)] },
+            odd(0),
+            Product { x: vec![x(2, 1.0), x(4, 1.0)], b: both(1.0), y: vec![(0, 1.0), (1, 1.0), (2, 1.0)] },
+            odd(1),
+            Product { x: vec![x(4, 1.0), x(2, -1.0)], b: both(-1.0), y: vec![(0, 1.0), (1, -1.0), (2, 1.0)] },
+            odd(2),
+            Product { x: vec![x(6, 1.0), x(2, -1.0)], b: vec![w(2, 1.0)], y: vec![(2, 1.0)] },
         ];
-        Scheme { products, k, n, x_step: 4, y_step: 2, results: vec![[0, 0], [1, 0]] }
+        Scheme { products, k, n, x_step: 6, y_step: 3, results: vec![[0, 0], [1, 0], [2, 0]] }
     }
 
     /// Each product by Strassen's algorithm, on halves of its steps and columns and on neighbouring positions, whose
@@ -252,6 +257,17 @@ impl<P: Panels> Kernel for PackSums<'_, P> {
         let k0 = first / scheme.steps() * scheme.steps();
         let kc = scheme.steps().min(scheme.k - k0);
         for (i, [row, right]) in blocks.places.iter().enumerate() {
+            // Rows of the block that comes next, which are short pieces far apart.
+            let (next_row, next_right, from) = match blocks.places.get(i + 1) {
+                Some(&[row, right]) => (row, right, first),
+                None => (blocks.places[0][0], blocks.places[0][1], first + count),
+            };
+            let (base, rows, stride, bytes) = panels.stored(next_right + column, next_row + from, count);
+            for r in 0..rows.min(nr) {
+                for line in (0..bytes).step_by(64) {
+                    s.prefetch(base.wrapping_add(r * stride + line));
+                }
+            }
             // SAFETY: this thread's own memory, which `sizes` counted.
             unsafe { panels.pack(s, right + column, row + first, count, spare.add(i * count * nr)) };
         }

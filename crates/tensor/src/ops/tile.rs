@@ -108,13 +108,28 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
             }
         }
         for to in into {
-            let factor = s.splat(to.factor);
-            for i in 0..MR {
-                for j in 0..NV {
-                    let at = to.c.add(i * stride + j * S::WIDTH);
-                    let before = if to.first { s.splat(0.0) } else { s.load(at) };
-                    s.store(at, s.fma(sums[i][j], factor, before));
-                }
+            // Signs and plain stores leave the units of multiply-adds to the next tile.
+            macro_rules! each {
+                (|$v:ident, $at:ident| $value:expr) => {
+                    for i in 0..MR {
+                        for j in 0..NV {
+                            let $at = to.c.add(i * stride + j * S::WIDTH);
+                            let $v = sums[i][j];
+                            s.store($at, $value);
+                        }
+                    }
+                };
+            }
+            if to.first && to.factor == 1.0 {
+                each!(|v, _at| v);
+            } else if to.first {
+                each!(|v, at| s.mul(v, s.splat(to.factor)));
+            } else if to.factor == 1.0 {
+                each!(|v, at| s.add(s.load(at), v));
+            } else if to.factor == -1.0 {
+                each!(|v, at| s.sub(s.load(at), v));
+            } else {
+                each!(|v, at| s.fma(v, s.splat(to.factor), s.load(at)));
             }
         }
     }
