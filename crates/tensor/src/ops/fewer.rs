@@ -201,7 +201,6 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
     let count = scheme.n.div_ceil(nr);
     let blocks = &Blocks::new(scheme);
     let slices = scheme.steps().div_ceil(SLICE);
-    let t0 = std::time::Instant::now();
     let slices_of_all = scheme.k.div_ceil(scheme.steps()) * slices;
     cpu.parallel_slots(slices_of_all * count, &|slot, task| {
         let (column, slice) = (task / slices_of_all * nr, task % slices_of_all);
@@ -214,9 +213,6 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
     });
     let x_rows = x.len() / x_stride;
     let positions = m.div_ceil(scheme.y_step);
-    if std::env::var_os("PH").is_some() {
-        eprintln!("pack {} {:.2} ms", scheme.products.len(), t0.elapsed().as_secs_f64() * 1e3);
-    }
     // As many for each thread: no result depends on which block it is in.
     let down = positions.div_ceil(rows).next_multiple_of(cpu.threads()).min(positions);
     let right = (count * nr).div_ceil(columns);
@@ -414,21 +410,18 @@ impl<F: Finish> Block<'_, F> {
         let width = scheme.n.next_multiple_of(nr);
         let count = self.positions.len();
         let tiles = Tiles::new(count, S::WIDTH);
-        let mut begun = vec![false; scheme.results.len()];
         let mut into = Vec::with_capacity(scheme.results.len());
-        for (i, product) in scheme.products.iter().enumerate() {
-            for k0 in (0..scheme.k).step_by(scheme.steps()) {
-                let kc = scheme.steps().min(scheme.k - k0);
+        // The same steps of all products follow one another, so that their rows of `x` stay in the second-level cache.
+        for k0 in (0..scheme.k).step_by(scheme.steps()) {
+            let kc = scheme.steps().min(scheme.k - k0);
+            let mut begun = vec![k0 > 0; scheme.results.len()];
+            for (i, product) in scheme.products.iter().enumerate() {
                 self.pack(s, product, k0, kc);
-                let b = self.b.wrapping_add((i * scheme.k + k0) * width);
+                let b_of = |i: usize| self.b.wrapping_add((i * scheme.k + k0) * width + column * kc);
                 for panel in (0..columns).step_by(nr) {
                     // Each tile asks for its share of the panel that comes next.
-                    let next = if panel + nr < columns {
-                        b.wrapping_add((column + panel + nr) * kc)
-                    } else {
-                        let next_kc = scheme.steps().min(scheme.k - (k0 + kc) % scheme.k);
-                        b.wrapping_add(kc * width + column * next_kc)
-                    };
+                    let b = b_of(i).wrapping_add(panel * kc);
+                    let next = if panel + nr < columns { b.wrapping_add(kc * nr) } else { b_of(i + 1) };
                     let lines = (kc * nr / 16).div_ceil(tiles.count);
                     for t in 0..tiles.count {
                         let start = tiles.start(t);
@@ -442,7 +435,6 @@ impl<F: Finish> Block<'_, F> {
                         let next = Lines::run(next.wrapping_add(t * lines * 16).cast());
                         let ahead = Ahead { both: [next, Lines::run(std::ptr::null())], lines };
                         let a = rows.wrapping_add(start * STRIDE);
-                        let b = b.wrapping_add((column + panel) * kc);
                         // SAFETY: rows were packed just now, and the panels before; results lie in this thread's sums.
                         unsafe {
                             s.tile::<STRIDE>(Tile { mr, k: kc, a, b, into: &into, stride: columns, ahead })
