@@ -13,8 +13,8 @@ use super::tile::{Ahead, Into, Lines, Tile, Tiles, panel_columns, tile_rows};
 use crate::simd::{Isa, Kernel, Simd};
 use crate::{Cpu, Result};
 
-/// Most steps of `k` between two uses of the same sums, and floats from one packed row to the next: for few products, and for
-/// many.
+/// Most steps of `k` between two uses of the same sums, and floats from one packed row to the next: for few results, and
+/// for many.
 const KC: [usize; 2] = [512, 256];
 /// Tiles of the positions of one task, likewise: their packed rows stay in the second-level cache while all panels pass by.
 const TILES: [usize; 2] = [8, 6];
@@ -213,7 +213,7 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
     });
     let x_rows = x.len() / x_stride;
     let positions = m.div_ceil(scheme.y_step);
-    // As many for each thread: no result depends on which block it is in.
+    // As many blocks for each thread: no result depends on which one it is in.
     let down = positions.div_ceil(rows).next_multiple_of(cpu.threads()).min(positions);
     let right = (count * nr).div_ceil(columns);
     cpu.parallel_slots(down * right, &|slot, task| {
@@ -312,16 +312,14 @@ unsafe fn add_up<S: Simd>(s: S, terms: &[(*const f32, f32)], n: usize, dst: *mut
             1 => add_up_of::<S, 1>(s, terms, n, dst),
             2 => add_up_of::<S, 2>(s, terms, n, dst),
             4 => add_up_of::<S, 4>(s, terms, n, dst),
-            8 => add_up_of::<S, 8>(s, terms, n, dst),
             _ => {
-                for (i, term) in terms.iter().enumerate() {
-                    let so_far = (dst.cast_const(), 1.0);
-                    let both = if i == 0 { &[*term][..] } else { &[so_far, *term][..] };
-                    if i == 0 {
-                        add_up_of::<S, 1>(s, both, n, dst);
-                    } else {
-                        add_up_of::<S, 2>(s, both, n, dst);
+                let mut so_far = None;
+                for &term in terms {
+                    match so_far {
+                        None => add_up_of::<S, 1>(s, &[term], n, dst),
+                        Some(sum) => add_up_of::<S, 2>(s, &[(sum, 1.0), term], n, dst),
                     }
+                    so_far = Some(dst.cast_const());
                 }
             }
         }
