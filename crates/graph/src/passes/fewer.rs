@@ -2,9 +2,9 @@ use crate::graph::Graph;
 use crate::ops::Op;
 
 /// Lets linear layers and convolutions over frames take algorithms with fewer multiplications than their formula has, where
-/// kernels find that it pays (Strassen 1969; Winograd 1980). A row then depends, in its last bits, on the rows beside it,
-/// and its error on their magnitudes. Not in [`ALL`](super::ALL): whoever builds an encoder, whose rows are always computed
-/// together, decides.
+/// kernels find that it pays (Strassen 1969; Winograd 1980; products of spectra for long kernels). A row then depends, in
+/// its last bits, on the rows beside it, and its error on their magnitudes. Not in [`ALL`](super::ALL): whoever builds an
+/// encoder, whose rows are always computed together, decides.
 pub fn fewer_products(graph: &mut Graph) -> crate::Result<usize> {
     let mut applied = 0;
     for node in &mut graph.nodes {

@@ -7,6 +7,7 @@
 //! over rows that overlap, and nothing is copied.
 
 use super::conv_groups::{self, conv_groups_take};
+use super::conv_spectrum;
 use super::fewer::Scheme;
 use super::gemm::{Finish, Panels, chunk_columns, gemm};
 use super::instance_norm::{Moments, instance_norm_in_place};
@@ -147,6 +148,7 @@ impl FrameConv {
             (1, [0, 0]) => Ok(0),
             (1, _) => count(OP, "padded x", &[padded, self.channels]),
             _ if packed => conv_groups::scratch_floats(self),
+            _ if self.fewer && conv_spectrum::pays(self) => Ok(0),
             // Whole panels of columns are read at the end.
             _ => count(OP, "padded x", &[padded.saturating_add(64 * self.stride), self.channels]),
         }
@@ -164,6 +166,9 @@ pub fn conv_frames_scratch_bytes(conv: &FrameConv, packed: bool) -> Result<usize
 
 /// The most scratch memory, in bytes, that [`conv_frames`] takes from the context for an algorithm with fewer multiplications.
 pub fn conv_frames_fewer_scratch_bytes(cpu: &Cpu, conv: &FrameConv) -> usize {
+    if conv.fewer && conv.groups > 1 {
+        return 4 * conv_spectrum::scratch_floats(cpu, conv);
+    }
     let scheme = conv.out_frames().ok().and_then(|out| conv.scheme(out));
     scheme.map_or(0, |(scheme, _)| 4 * scheme.scratch_floats(cpu))
 }
@@ -303,6 +308,9 @@ fn grouped(
             &widened
         }
     };
+    if conv.fewer && conv_spectrum::convolve(cpu, conv, out, x, weight, bias, epilogue, y)? {
+        return Ok(());
+    }
     let mut turned = AlignedF32::working(conv.scratch(false)?)?;
     let length = turned.len() / conv.channels.max(1);
     let to = SharedMut::new(&mut turned);

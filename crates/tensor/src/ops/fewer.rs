@@ -13,12 +13,17 @@ use super::tile::{Ahead, Into, Lines, Tile, Tiles, panel_columns, tile_rows};
 use crate::simd::{Isa, Kernel, Simd};
 use crate::{Cpu, Result};
 
-/// Most steps of `k` between two uses of the same sums, and floats from one packed row to the next.
-const KC: usize = 512;
-/// Tiles of the positions of one task: their packed rows stay in the second-level cache while all panels pass by.
-const TILES: usize = 8;
+/// Most steps of `k` between two uses of the same sums, and floats from one packed row to the next: for few results, and
+/// for many.
+const KC: [usize; 2] = [512, 256];
+/// Tiles of the positions of one task, likewise: their packed rows stay in the second-level cache while all panels pass by.
+const TILES: [usize; 2] = [8, 6];
+/// Results that are many.
+const MANY: usize = 12;
 /// Floats of the sums of one task, which stay there as well.
-const SUMS: usize = 96 << 10;
+const SUMS: usize = 112 << 10;
+/// Steps of the right operand that are packed at a time.
+const SLICE: usize = 64;
 /// Fewest rows, steps and columns for which additions cost less than the products that are saved.
 const WORTH: [usize; 3] = [64, 256, 256];
 
@@ -70,19 +75,24 @@ impl Scheme {
         Scheme { products, k, n, x_step: 1, y_step: 1, results: vec![[0, 0]] }
     }
 
-    /// Three taps of `k` channels each over frames, two frames from one result to the next: two neighbouring results need
-    /// five products (Winograd 1980), since the even frames meet two taps. `b` has the taps one below the other.
+    /// Three taps of `k` channels each over frames, two frames from one result to the next: three neighbouring results need
+    /// seven products instead of nine (Winograd 1980), since the even frames meet two taps. `b` has the taps one below the
+    /// other.
     pub(crate) fn three_taps(k: usize, n: usize) -> Scheme {
         let x = |row, factor| Term { row, column: 0, factor };
-        let w = |tap: usize| Term { row: tap * k, column: 0, factor: 1.0 };
+        let w = |tap: usize, factor| Term { row: tap * k, column: 0, factor };
+        let both = |sign: f32| vec![w(0, 0.5), w(2, 0.5 * sign)];
+        let odd = |y: usize| Product { x: vec![x(2 * y + 1, 1.0)], b: vec![w(1, 1.0)], y: vec![(y, 1.0)] };
         let products = vec![
-            Product { x: vec![x(0, 1.0), x(2, -1.0)], b: vec![w(0)], y: vec![(0, 1.0)] },
-            Product { x: vec![x(1, 1.0)], b: vec![w(1)], y: vec![(0, 1.0)] },
-            Product { x: vec![x(2, 1.0)], b: vec![w(0), w(2)], y: vec![(0, 1.0), (1, 1.0)] },
-            Product { x: vec![x(2, -1.0), x(4, 1.0)], b: vec![w(2)], y: vec![(1, 1.0)] },
-            Product { x: vec![x(3, 1.0)], b: vec![w(1)], y: vec![(1, 1.0)] },
+            Product { x: vec![x(0, 1.0), x(4, -1.0)], b: vec![w(0, 1.0)], y: vec![(0, 1.0)] },
+            odd(0),
+            Product { x: vec![x(2, 1.0), x(4, 1.0)], b: both(1.0), y: vec![(0, 1.0), (1, 1.0), (2, 1.0)] },
+            odd(1),
+            Product { x: vec![x(4, 1.0), x(2, -1.0)], b: both(-1.0), y: vec![(0, 1.0), (1, -1.0), (2, 1.0)] },
+            odd(2),
+            Product { x: vec![x(6, 1.0), x(2, -1.0)], b: vec![w(2, 1.0)], y: vec![(2, 1.0)] },
         ];
-        Scheme { products, k, n, x_step: 4, y_step: 2, results: vec![[0, 0], [1, 0]] }
+        Scheme { products, k, n, x_step: 6, y_step: 3, results: vec![[0, 0], [1, 0], [2, 0]] }
     }
 
     /// Each product by Strassen's algorithm, on halves of its steps and columns and on neighbouring positions, whose
@@ -133,12 +143,19 @@ impl Scheme {
 
     /// Steps of a block of a product.
     fn steps(&self) -> usize {
-        self.k.div_ceil(self.k.div_ceil(KC).max(1)).next_multiple_of(16).min(KC)
+        let most = KC[usize::from(self.results.len() >= MANY)];
+        self.k.div_ceil(self.k.div_ceil(most).max(1)).next_multiple_of(16).min(most)
+    }
+
+    /// Floats from one packed row to the next.
+    fn row_stride(&self) -> usize {
+        if self.steps() <= KC[1] { KC[1] } else { KC[0] }
     }
 
     /// Positions of one task and columns of each of its results.
     fn block(&self, isa: Isa) -> [usize; 2] {
-        let (rows, nr) = (TILES * tile_rows(isa.width()), panel_columns(isa.width()));
+        let tiles = TILES[usize::from(self.results.len() >= MANY)];
+        let (rows, nr) = (tiles * tile_rows(isa.width()), panel_columns(isa.width()));
         let panels = self.n.div_ceil(nr);
         let most = (SUMS / (self.results.len() * rows * nr)).max(1);
         [rows, panels.div_ceil(panels.div_ceil(most).max(1)) * nr]
@@ -150,13 +167,15 @@ impl Scheme {
         panels + cpu.threads() * own
     }
 
-    /// Floats of the panels, and of one thread's packed rows alone and together with its sums. A panel fits there, too.
+    /// Floats of the panels, and of one thread's packed rows alone and together with its sums. Blocks of `b` fit there, too.
     fn sizes(&self, isa: Isa) -> [usize; 3] {
         let nr = panel_columns(isa.width());
         let [rows, columns] = self.block(isa);
         let panels = self.products.len() * self.k * self.n.next_multiple_of(nr);
         let sums = rows * columns * self.results.len();
-        [panels.next_multiple_of(16), rows * KC, (rows * KC + sums).max(KC * nr).next_multiple_of(16)]
+        let spare = Blocks::new(self).places.len() * SLICE * nr;
+        let packed = rows * self.row_stride();
+        [panels.next_multiple_of(16), packed, (packed + sums).max(spare).next_multiple_of(16)]
     }
 }
 
@@ -180,14 +199,23 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
     let (b, own) = (SharedMut::new(b), SharedMut::new(own));
     let nr = panel_columns(isa.width());
     let count = scheme.n.div_ceil(nr);
-    cpu.parallel_slots(scheme.products.len() * count, &|slot, task| {
-        let (product, column) = (task / count, task % count * nr);
-        let dst = b.at(product * scheme.k * count * nr);
-        isa.run(PackSums { scheme, panels, product, column, dst, spare: own.at(slot * own_len) });
+    let blocks = &Blocks::new(scheme);
+    let slices = scheme.steps().div_ceil(SLICE);
+    let slices_of_all = scheme.k.div_ceil(scheme.steps()) * slices;
+    cpu.parallel_slots(slices_of_all * count, &|slot, task| {
+        let (column, slice) = (task / slices_of_all * nr, task % slices_of_all);
+        let first = slice / slices * scheme.steps();
+        let end = (first + scheme.steps()).min(scheme.k);
+        let first = (first + slice % slices * SLICE).min(end);
+        let steps = [first, SLICE.min(end - first)];
+        let (dst, spare) = (b.at(0), own.at(slot * own_len));
+        isa.run(PackSums { scheme, blocks, panels, steps, column, dst, spare });
     });
     let x_rows = x.len() / x_stride;
     let positions = m.div_ceil(scheme.y_step);
-    let (down, right) = (positions.div_ceil(rows), (count * nr).div_ceil(columns));
+    // As many blocks for each thread: no result depends on which one it is in.
+    let down = positions.div_ceil(rows).next_multiple_of(cpu.threads()).min(positions);
+    let right = (count * nr).div_ceil(columns);
     cpu.parallel_slots(down * right, &|slot, task| {
         let (block, column) = (task / right, task % right * columns);
         let positions = block * positions / down..(block + 1) * positions / down;
@@ -200,15 +228,18 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
     Ok(())
 }
 
-/// Packs one panel of a product's right operand: blocks of steps, each `[steps, NR]`.
+/// Packs the same steps and columns of all products' right operands: blocks of steps, each `[steps, NR]`. Blocks of `b` are
+/// turned once and summed from there.
 struct PackSums<'a, P> {
     scheme: &'a Scheme,
+    blocks: &'a Blocks,
     panels: &'a P,
-    product: usize,
+    /// First step, and how many of them.
+    steps: [usize; 2],
     column: usize,
-    /// Panels of this product.
+    /// Panels of all products.
     dst: *mut f32,
-    /// Room for a block.
+    /// Room for these steps of all blocks.
     spare: *mut f32,
 }
 
@@ -216,27 +247,109 @@ impl<P: Panels> Kernel for PackSums<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let PackSums { scheme, panels, product, column, dst, spare } = self;
+        let PackSums { scheme, blocks, panels, steps: [first, count], column, dst, spare } = self;
         let nr = panel_columns(S::WIDTH);
         let width = scheme.n.next_multiple_of(nr);
-        for k0 in (0..scheme.k).step_by(scheme.steps()) {
-            let kc = scheme.steps().min(scheme.k - k0);
-            let dst = dst.wrapping_add(k0 * width + column * kc);
-            for (i, term) in scheme.products[product].b.iter().enumerate() {
-                let to = if i == 0 { dst } else { spare };
-                // SAFETY: the block's place among the panels that `sizes` counted, or this thread's own memory.
-                unsafe {
-                    panels.pack(s, term.column + column, term.row + k0, kc, to);
-                    if i == 0 && term.factor == 1.0 {
-                        continue;
-                    }
-                    let factor = s.splat(term.factor);
-                    for at in (0..kc * nr).step_by(S::WIDTH) {
-                        let before = if i == 0 { s.splat(0.0) } else { s.load(dst.add(at)) };
-                        s.store(dst.add(at), s.fma(s.load(to.add(at)), factor, before));
-                    }
+        let k0 = first / scheme.steps() * scheme.steps();
+        let kc = scheme.steps().min(scheme.k - k0);
+        for (i, [row, right]) in blocks.places.iter().enumerate() {
+            // Rows of the block that comes next, which are short pieces far apart.
+            let (next_row, next_right, from) = match blocks.places.get(i + 1) {
+                Some(&[row, right]) => (row, right, first),
+                None => (blocks.places[0][0], blocks.places[0][1], first + count),
+            };
+            let (base, rows, stride, bytes) = panels.stored(next_right + column, next_row + from, count);
+            for r in 0..rows.min(nr) {
+                for line in (0..bytes).step_by(64) {
+                    s.prefetch(base.wrapping_add(r * stride + line));
                 }
             }
+            // SAFETY: this thread's own memory, which `sizes` counted.
+            unsafe { panels.pack(s, right + column, row + first, count, spare.add(i * count * nr)) };
+        }
+        let mut terms = Vec::new();
+        for (product, sum) in blocks.sums.iter().enumerate() {
+            terms.clear();
+            terms.extend(sum.iter().map(|&(i, f)| (spare.wrapping_add(i * count * nr).cast_const(), f)));
+            let at = (product * scheme.k + k0) * width + column * kc + (first - k0) * nr;
+            // SAFETY: the terms were packed just now; this place among the panels, which `sizes` counted, is this task's.
+            unsafe { add_up(s, &terms, count * nr, dst.add(at)) };
+        }
+    }
+}
+
+/// The blocks of the right operand, by first row and column, and what each product sums: a block's number and its factor.
+struct Blocks {
+    places: Vec<[usize; 2]>,
+    sums: Vec<Vec<(usize, f32)>>,
+}
+
+impl Blocks {
+    fn new(scheme: &Scheme) -> Blocks {
+        let mut places = Vec::new();
+        let mut number = |t: &Term| {
+            let place = [t.row, t.column];
+            let at = places.iter().position(|p| *p == place).unwrap_or(places.len());
+            if at == places.len() {
+                places.push(place);
+            }
+            (at, t.factor)
+        };
+        let sums = scheme.products.iter().map(|p| p.b.iter().map(&mut number).collect()).collect();
+        Blocks { places, sums }
+    }
+}
+
+/// `dst[i]` is the sum of all terms' `src[i] * factor`.
+///
+/// # Safety
+/// `n` floats at each term's source and at `dst`.
+#[inline(always)]
+unsafe fn add_up<S: Simd>(s: S, terms: &[(*const f32, f32)], n: usize, dst: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match terms.len() {
+            1 => add_up_of::<S, 1>(s, terms, n, dst),
+            2 => add_up_of::<S, 2>(s, terms, n, dst),
+            4 => add_up_of::<S, 4>(s, terms, n, dst),
+            _ => {
+                let mut so_far = None;
+                for &term in terms {
+                    match so_far {
+                        None => add_up_of::<S, 1>(s, &[term], n, dst),
+                        Some(sum) => add_up_of::<S, 2>(s, &[(sum, 1.0), term], n, dst),
+                    }
+                    so_far = Some(dst.cast_const());
+                }
+            }
+        }
+    }
+}
+
+/// [`add_up`] for `N` terms, whose sum stays in a register.
+///
+/// # Safety
+/// As for [`add_up`].
+#[inline(always)]
+unsafe fn add_up_of<S: Simd, const N: usize>(s: S, terms: &[(*const f32, f32)], n: usize, dst: *mut f32) {
+    let Some(&terms) = terms.first_chunk::<N>() else { return };
+    let factors = terms.map(|(_, factor)| s.splat(factor));
+    let whole = n / S::WIDTH * S::WIDTH;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for at in (0..whole).step_by(S::WIDTH) {
+            let mut sum = s.mul(s.load(terms[0].0.add(at)), factors[0]);
+            for i in 1..N {
+                sum = s.fma(s.load(terms[i].0.add(at)), factors[i], sum);
+            }
+            s.store(dst.add(at), sum);
+        }
+        if whole < n {
+            let mut sum = s.splat(0.0);
+            for i in 0..N {
+                sum = s.fma(s.load_n(terms[i].0.add(whole), n - whole), factors[i], sum);
+            }
+            s.store_n(dst.add(whole), n - whole, sum);
         }
     }
 }
@@ -252,7 +365,7 @@ struct Block<'a, F> {
     b: *const f32,
     column: usize,
     columns: usize,
-    /// `[position][KC]`
+    /// `[position][row_stride]`
     rows: *mut f32,
     /// `[result][position][columns]`
     sums: *mut f32,
@@ -263,50 +376,19 @@ impl<F: Finish> Kernel for Block<'_, F> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Block { scheme, column, columns, rows, sums, .. } = self;
-        let nr = panel_columns(S::WIDTH);
-        let width = scheme.n.next_multiple_of(nr);
-        let count = self.positions.len();
-        let tiles = Tiles::new(count, S::WIDTH);
-        let mut begun = vec![false; scheme.results.len()];
-        let mut into = Vec::with_capacity(scheme.results.len());
-        for (i, product) in scheme.products.iter().enumerate() {
-            for k0 in (0..scheme.k).step_by(scheme.steps()) {
-                let kc = scheme.steps().min(scheme.k - k0);
-                self.pack(s, product, k0, kc);
-                for panel in (0..columns).step_by(nr) {
-                    let b = self.b.wrapping_add((i * scheme.k + k0) * width + (column + panel) * kc);
-                    for t in 0..tiles.count {
-                        let start = tiles.start(t);
-                        let mr = tiles.start(t + 1) - start;
-                        into.clear();
-                        into.extend(product.y.iter().map(|&(result, factor)| Into {
-                            c: sums.wrapping_add((result * count + start) * columns + panel),
-                            factor,
-                            first: !begun[result],
-                        }));
-                        // Each tile asks for its share of the panel that comes next.
-                        let lines = (kc * nr / 16).div_ceil(tiles.count);
-                        let next = Lines::run(b.wrapping_add(kc * nr + t * lines * 16).cast());
-                        let ahead = Ahead { both: [next, Lines::run(std::ptr::null())], lines };
-                        let a = rows.wrapping_add(start * KC);
-                        // SAFETY: rows were packed just now, and the panels before; results lie in this thread's sums.
-                        unsafe {
-                            s.tile::<KC>(Tile { mr, k: kc, a, b, into: &into, stride: columns, ahead })
-                        };
-                    }
-                }
-                for (result, _) in &product.y {
-                    begun[*result] = true;
-                }
-            }
+        if self.scheme.row_stride() == KC[1] {
+            self.multiply::<S, { KC[1] }>(s);
+        } else {
+            self.multiply::<S, { KC[0] }>(s);
         }
+        let Block { scheme, column, columns, sums, .. } = self;
+        let count = self.positions.len();
         for (i, [row, right]) in scheme.results.iter().enumerate() {
             let whole = columns.min(scheme.n - column);
             for (p, position) in self.positions.clone().enumerate() {
                 let row = position * scheme.y_step + row;
                 if row < self.m {
-                    // SAFETY: written above, as every result has a product.
+                    // SAFETY: written before, as every result has a product.
                     let sums =
                         unsafe { std::slice::from_raw_parts(sums.add((i * count + p) * columns), whole) };
                     self.finish.finish(s, row, right + column, sums);
@@ -317,25 +399,65 @@ impl<F: Finish> Kernel for Block<'_, F> {
     }
 }
 
-impl<F> Block<'_, F> {
+impl<F: Finish> Block<'_, F> {
+    /// Makes the sums; packed rows are `STRIDE` floats apart.
+    #[inline(always)]
+    fn multiply<S: Simd, const STRIDE: usize>(&self, s: S) {
+        let Block { scheme, column, columns, rows, sums, .. } = *self;
+        let nr = panel_columns(S::WIDTH);
+        let width = scheme.n.next_multiple_of(nr);
+        let count = self.positions.len();
+        let tiles = Tiles::new(count, S::WIDTH);
+        let mut into = Vec::with_capacity(scheme.results.len());
+        // The same steps of all products follow one another, so that their rows of `x` stay in the second-level cache.
+        for k0 in (0..scheme.k).step_by(scheme.steps()) {
+            let kc = scheme.steps().min(scheme.k - k0);
+            let mut begun = vec![k0 > 0; scheme.results.len()];
+            for (i, product) in scheme.products.iter().enumerate() {
+                self.pack(s, product, k0, kc);
+                let b_of = |i: usize| self.b.wrapping_add((i * scheme.k + k0) * width + column * kc);
+                for panel in (0..columns).step_by(nr) {
+                    // Each tile asks for its share of the panel that comes next.
+                    let b = b_of(i).wrapping_add(panel * kc);
+                    let next = if panel + nr < columns { b.wrapping_add(kc * nr) } else { b_of(i + 1) };
+                    let lines = (kc * nr / 16).div_ceil(tiles.count);
+                    for t in 0..tiles.count {
+                        let start = tiles.start(t);
+                        let mr = tiles.start(t + 1) - start;
+                        into.clear();
+                        into.extend(product.y.iter().map(|&(result, factor)| Into {
+                            c: sums.wrapping_add((result * count + start) * columns + panel),
+                            factor,
+                            first: !begun[result],
+                        }));
+                        let next = Lines::run(next.wrapping_add(t * lines * 16).cast());
+                        let ahead = Ahead { both: [next, Lines::run(std::ptr::null())], lines };
+                        let a = rows.wrapping_add(start * STRIDE);
+                        // SAFETY: rows were packed just now, and the panels before; results lie in this thread's sums.
+                        unsafe {
+                            s.tile::<STRIDE>(Tile { mr, k: kc, a, b, into: &into, stride: columns, ahead })
+                        };
+                    }
+                }
+                for (result, _) in &product.y {
+                    begun[*result] = true;
+                }
+            }
+        }
+    }
+
     /// Sums of blocks of `x` for `kc` steps from `k0` on.
     #[inline(always)]
     fn pack<S: Simd>(&self, s: S, product: &Product, k0: usize, kc: usize) {
+        let mut terms = Vec::with_capacity(product.x.len());
         for (p, position) in self.positions.clone().enumerate() {
-            let dst = self.rows.wrapping_add(p * KC);
-            for (i, term) in product.x.iter().enumerate() {
+            terms.clear();
+            terms.extend(product.x.iter().map(|term| {
                 let row = (position * self.scheme.x_step + term.row).min(self.x_rows - 1);
-                let src = &self.x[row * self.x_stride + term.column + k0..][..kc];
-                let factor = s.splat(term.factor);
-                for at in (0..kc).step_by(S::WIDTH) {
-                    let n = S::WIDTH.min(kc - at);
-                    // SAFETY: `n` floats of `src`, and of this position's packed row.
-                    unsafe {
-                        let before = if i == 0 { s.splat(0.0) } else { s.load_n(dst.add(at), n) };
-                        s.store_n(dst.add(at), n, s.fma(s.load_n(src.as_ptr().add(at), n), factor, before));
-                    }
-                }
-            }
+                (self.x[row * self.x_stride + term.column + k0..][..kc].as_ptr(), term.factor)
+            }));
+            // SAFETY: `kc` floats of `x`, as just checked, and of this position's packed row.
+            unsafe { add_up(s, &terms, kc, self.rows.add(p * self.scheme.row_stride())) };
         }
     }
 }

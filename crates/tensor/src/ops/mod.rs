@@ -11,6 +11,7 @@ mod attention;
 mod conv;
 mod conv_frames;
 mod conv_groups;
+mod conv_spectrum;
 mod elementwise;
 mod fewer;
 mod gather;

@@ -82,31 +82,54 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     let mut sums = [[s.splat(0.0); NV]; MR];
     // SAFETY: every address below is an element that the caller promised.
     unsafe {
-        for to in into.iter().filter(|to| !to.first) {
-            // Added at the end, so that the first steps do not wait for them.
-            for i in 0..MR {
-                for j in (0..NV * S::WIDTH).step_by(16) {
-                    s.prefetch_near(to.c.add(i * stride + j).cast());
-                }
-            }
-        }
-        let asked = ahead.lines.min(k);
+        // Sums are asked for in the last steps: a long panel passes through the first-level cache before.
+        let row_lines = (NV * S::WIDTH).div_ceil(16);
+        let late = (into.len() * MR * row_lines).min(k);
+        let asked = ahead.lines.min(k - late);
         for p in 0..asked {
             s.prefetch(ahead.both[0].address(p));
             s.prefetch(ahead.both[1].address(p));
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
-        for p in asked..k {
+        for p in asked..k - late {
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
-        for to in into {
-            let factor = s.splat(to.factor);
+        let mut p = k - late;
+        'late: for to in into {
             for i in 0..MR {
-                for j in 0..NV {
-                    let at = to.c.add(i * stride + j * S::WIDTH);
-                    let before = if to.first { s.splat(0.0) } else { s.load(at) };
-                    s.store(at, s.fma(sums[i][j], factor, before));
+                for j in 0..row_lines {
+                    if p == k {
+                        break 'late;
+                    }
+                    s.prefetch_near(to.c.wrapping_add(i * stride + j * 16).cast());
+                    step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
+                    p += 1;
                 }
+            }
+        }
+        for to in into {
+            // Signs and plain stores leave the units of multiply-adds to the next tile.
+            macro_rules! each {
+                (|$v:ident, $at:ident| $value:expr) => {
+                    for i in 0..MR {
+                        for j in 0..NV {
+                            let $at = to.c.add(i * stride + j * S::WIDTH);
+                            let $v = sums[i][j];
+                            s.store($at, $value);
+                        }
+                    }
+                };
+            }
+            if to.first && to.factor == 1.0 {
+                each!(|v, _at| v);
+            } else if to.first {
+                each!(|v, at| s.mul(v, s.splat(to.factor)));
+            } else if to.factor == 1.0 {
+                each!(|v, at| s.add(s.load(at), v));
+            } else if to.factor == -1.0 {
+                each!(|v, at| s.sub(s.load(at), v));
+            } else {
+                each!(|v, at| s.fma(v, s.splat(to.factor), s.load(at)));
             }
         }
     }

@@ -20,6 +20,19 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.scale2(s.add(p, s.splat(1.0)), n)
 }
 
+/// `2^x` for `x` of at most 126, relative error below 4e-7 where the result is a normal number.
+#[inline(always)]
+pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
+    // NaN goes through as second operand.
+    let x = s.max(s.splat(-200.0), x);
+    let n = s.round(x);
+    let p = polynomial(s, s.sub(x, n), EXP2);
+    s.scale2(p, n)
+}
+
+/// `2^x` for `x` in -0.5..=0.5, relative error below 2e-7.
+const EXP2: [f32; 6] = [1.327_646_7e-3, 9.675_541e-3, 5.550_713_5e-2, 2.402_212e-1, 6.931_469e-1, 1.0];
+
 /// `2^x` for numbers that are rounded to integers afterwards: relative error below 4e-6, and what is below 2^-20 may be
 /// anything below that. `x` at most 126.
 #[inline(always)]

@@ -105,6 +105,27 @@ fn powers_of_two_that_become_integers_are_exact_enough_for_that() {
     }
 }
 
+#[derive(Clone, Copy)]
+struct Exp2;
+impl Function for Exp2 {
+    #[inline(always)]
+    fn of<S: Simd>(self, s: S, x: S::V) -> S::V {
+        math::exp2(s, x)
+    }
+}
+
+#[test]
+fn powers_of_two_are_within_4e_7_and_vanish_at_minus_infinity() {
+    let x = range(-126.0, 126.0, 100_001);
+    for isa in Isa::available() {
+        let error = |(y, x): (&f32, &f32)| (f64::from(*y) / f64::from(*x).exp2() - 1.0).abs();
+        let worst = apply(isa, Exp2, &x).iter().zip(&x).map(error).fold(0.0, f64::max);
+        assert!(worst < 4e-7, "{isa}: {worst}");
+        let special = apply(isa, Exp2, &[f32::NEG_INFINITY, -1e9, f32::NAN, 0.0]);
+        assert!(special[0] == 0.0 && special[1] == 0.0 && special[2].is_nan() && special[3] == 1.0);
+    }
+}
+
 struct StoreBytes<'a>(&'a [f32], &'a mut [i8]);
 impl Kernel for StoreBytes<'_> {
     type Output = ();

@@ -392,7 +392,8 @@ unsafe fn soften<S: Simd>(s: S, row: *mut f32, own: usize, seen: usize, state: *
         let shift = s.splat(max);
         let mut sum = s.splat(0.0);
         for j in (0..whole).step_by(S::WIDTH) {
-            let p = math::exp(s, s.sub(s.load(row.add(j)), shift));
+            let below = s.sub(s.load(row.add(j)), shift);
+            let p = math::exp2(s, s.mul(below, s.splat(std::f32::consts::LOG2_E)));
             s.store(row.add(j), p);
             sum = s.add(sum, p);
         }
