@@ -80,20 +80,13 @@ pub fn sketch(graph: &Graph) -> Sketch {
     sketch
 }
 
-/// Nodes outside of the folded layers that depend on one of them, and sources that only such nodes use.
+/// Nodes outside of the folded layers that depend on one of them.
 fn after_folded(graph: &Graph) -> BTreeSet<usize> {
     let nodes = graph.nodes();
     let is_folded = |i: usize| layer(&nodes[i]).is_some_and(|l| l > 0);
     let mut after = BTreeSet::new();
     for (i, node) in nodes.iter().enumerate() {
         if !is_folded(i) && node.inputs.iter().any(|v| is_folded(v.node()) || after.contains(&v.node())) {
-            after.insert(i);
-        }
-    }
-    for (i, node) in nodes.iter().enumerate().filter(|(_, n)| n.op.is_source() && drawn(n)) {
-        let mut users =
-            (0..nodes.len()).filter(|&u| nodes[u].inputs.iter().any(|v| v.node() == i)).peekable();
-        if node.inputs.is_empty() && users.peek().is_some() && users.all(|u| after.contains(&u)) {
             after.insert(i);
         }
     }
