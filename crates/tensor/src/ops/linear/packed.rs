@@ -8,7 +8,7 @@
 //! to a byte a code in memory that stays in the first-level cache ([`Unpack`]), and tiles of sums pass over them
 //! ([`Tiles`]).
 
-use super::packed_gemv::{FEW_CHUNK, gemv};
+use super::packed_gemv::{FEW_CHUNK, Tasks, gemv};
 use super::rows::{Rows, Store};
 use crate::ops::SharedMut;
 use crate::ops::gemm::FinishRows;
@@ -696,14 +696,14 @@ impl Fold {
 }
 
 /// Where sixteen columns come from.
-#[allow(clippy::large_enum_variant, reason = "a few of them live on the stack, and none is moved in a loop")]
+#[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
     /// Rows of no part.
     Nothing,
     /// One panel.
     Panel(&'a Packed, usize),
-    /// Rows here and there: the matrix and the row of each lane.
-    Mixed([Option<(&'a Packed, usize)>; LANES]),
+    /// Rows here and there: [`Rows::lane`] of each column from this one on.
+    Mixed(usize),
 }
 
 impl<'a> Rows<'a> {
@@ -725,18 +725,24 @@ impl<'a> Rows<'a> {
             Some((packed, row, rows)) if row.is_multiple_of(LANES) && rows >= count.min(LANES) => {
                 Source::Panel(packed, row / LANES)
             }
-            Some(_) => Source::Mixed(std::array::from_fn(|lane| {
-                let (row, count) = self.run(column + lane);
-                let (packed, row, _) = if count == 0 { None } else { self.packed(row) }?;
-                Some((packed, row))
-            })),
+            Some(_) => Source::Mixed(column),
         }
+    }
+
+    /// The matrix of one column, and its row there.
+    pub(super) fn lane(&self, column: usize) -> Option<(&'a Packed, usize)> {
+        let (row, count) = self.run(column);
+        let (packed, row, _) = if count == 0 { None } else { self.packed(row) }?;
+        Some((packed, row))
     }
 }
 
 /// Columns of one task for `m` rows of `x`.
 pub(super) fn chunk(cpu: &Cpu, m: usize, n: usize) -> usize {
-    let mut chunk = if m == 1 { FEW_CHUNK } else { MAX_CHUNK };
+    if m == 1 {
+        return FEW_CHUNK;
+    }
+    let mut chunk = MAX_CHUNK;
     while chunk > MIN_CHUNK && n < chunk * cpu.threads() * 4 {
         chunk /= 2;
     }
@@ -801,7 +807,8 @@ pub(super) fn linear(
             dot::run(isa, Quantise { x: &quantised, values, k, stride: x_stride, first: start, rows });
         });
         if m == 1 {
-            cpu.parallel(chunks, &|chunk| gemv(isa, &quantised, chunk * rows.chunk, cpu.threads(), store));
+            let tasks = Tasks::new(chunks, cpu.threads());
+            cpu.parallel(tasks.count(), &|task| gemv(isa, &quantised, (&tasks, task), store));
         } else {
             let share = task_floats / cpu.threads();
             cpu.parallel_slots(chunks, &|slot, chunk| {
@@ -853,9 +860,9 @@ fn gemm(
                     &Source::Panel(packed, panel) => {
                         dot::run(isa, Unpack { packed, panel, first, units, group, to, place });
                     }
-                    Source::Mixed(lanes) => {
-                        for (lane, source) in lanes.iter().enumerate() {
-                            let &Some((packed, row)) = source else { continue };
+                    &Source::Mixed(column) => {
+                        for lane in 0..LANES {
+                            let Some((packed, row)) = rows.lane(column + lane) else { continue };
                             let panel = row / LANES;
                             dot::run(
                                 isa,

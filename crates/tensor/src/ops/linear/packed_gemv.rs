@@ -1,6 +1,8 @@
 //! One row of quantised `x` times packed weights: decoding. What is read once should only be waited for, so everything
 //! that is not a product is kept out of the inner loop.
 
+use std::ops::Range;
+
 use super::packed::{Header, Source, X, unit};
 use super::rows::Store;
 use crate::Isa;
@@ -8,8 +10,6 @@ use crate::ops::gemm::FinishRows;
 use crate::packed::{Layout, Packed, UNIT, ZeroKind};
 use crate::simd::dot::{self, DotKernel, Dots, LANES};
 
-/// Columns of one task where one row of `x` is multiplied, at most: every task begins with memory that nobody asked for.
-pub(super) const FEW_CHUNK: usize = 256;
 /// Bytes between what is read and what is asked for, in each stream. What is asked for goes to the second-level cache:
 /// the first level has few requests at a time (Zen 4: with those, 256 bytes are best and 1024 cost a third of the
 /// bandwidth; with the second level's, reading is up to 15 % faster, and little depends on the distance).
@@ -17,6 +17,39 @@ const AHEAD: usize = 1024;
 
 /// Panels that one row of `x` is multiplied with side by side: a single stream does not keep the memory busy.
 const STREAMS: usize = 4;
+/// Columns that are finished together where one row of `x` is multiplied.
+pub(super) const FEW_CHUNK: usize = STREAMS * LANES;
+/// Chunks of a task, at most: every task begins with memory that nobody asked for.
+const TASK: usize = 32;
+
+/// The chunks of a product as tasks that get smaller to the end, where a thread waits for the others as long as their
+/// last tasks take: each is a share of what is left (guided self-scheduling, Polychronopoulos and Kuck 1987).
+pub(super) struct Tasks {
+    /// First chunks, and the end.
+    starts: Vec<usize>,
+    threads: usize,
+}
+
+impl Tasks {
+    pub(super) fn new(chunks: usize, threads: usize) -> Tasks {
+        let mut starts = vec![0];
+        let mut first = 0;
+        while first < chunks {
+            first += ((chunks - first) / (2 * threads)).clamp(1, TASK);
+            starts.push(first);
+        }
+        Tasks { starts, threads }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// The chunks of task `i`, and the first one of the task that its thread probably takes next: threads take them in turn.
+    fn of(&self, i: usize) -> (Range<usize>, usize) {
+        (self.starts[i]..self.starts[i + 1], self.starts[(i + self.threads).min(self.count())])
+    }
+}
 
 /// One row of `x` times [`STREAMS`] panels of one layout: `sums[16 i ..]`.
 struct Gemv<'a> {
@@ -227,46 +260,37 @@ fn side_by_side<'a>(sources: &[Source<'a>; STREAMS]) -> Option<(&'a Packed, [*co
     Some((packed, panels))
 }
 
-pub(super) fn gemv(isa: Isa, x: &X, column: usize, threads: usize, store: &Store<'_>) {
-    let rows = store.rows;
-    let chunk = rows.chunk;
-    let sources_at = |column: usize, first: usize| -> [Source<'_>; STREAMS] {
-        std::array::from_fn(|i| match first + i * LANES {
-            at if at < chunk => rows.source(column + at),
-            _ => Source::Nothing,
-        })
-    };
-    let mut sums = [0f32; FEW_CHUNK];
-    let mut sources = sources_at(column, 0);
-    for first in (0..chunk).step_by(STREAMS * LANES) {
-        // Threads take chunks in turn, so this thread's next one is probably as many further as there are threads.
-        let after = match first + STREAMS * LANES {
-            at if at < chunk => sources_at(column, at),
-            _ => sources_at(column + threads * chunk, 0),
-        };
-        let mut out = [0f32; STREAMS * LANES];
-        if let Some((packed, panels)) = side_by_side(&sources) {
-            let next = side_by_side(&after).map_or(panels, |(_, next)| next);
-            dot::run(isa, Gemv { layout: &packed.layout, panels, next, x, sums: &mut out });
+/// The columns of task `task`.
+pub(super) fn gemv(isa: Isa, x: &X, (tasks, task): (&Tasks, usize), store: &Store<'_>) {
+    let sources_at = |chunk: usize| std::array::from_fn(|i| store.rows.source(chunk * FEW_CHUNK + i * LANES));
+    let (chunks, next_task) = tasks.of(task);
+    let mut sources: [Source<'_>; STREAMS] = sources_at(chunks.start);
+    let mut set = side_by_side(&sources);
+    for chunk in chunks.clone() {
+        let after = sources_at(if chunk + 1 < chunks.end { chunk + 1 } else { next_task });
+        let set_after = side_by_side(&after);
+        let mut sums = [0f32; FEW_CHUNK];
+        if let Some((packed, panels)) = set {
+            let next = set_after.map_or(panels, |(_, next)| next);
+            dot::run(isa, Gemv { layout: &packed.layout, panels, next, x, sums: &mut sums });
         } else {
-            for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
+            for (source, out) in sources.iter().zip(sums.chunks_exact_mut(LANES)) {
                 if let Source::Panel(packed, panel) = *source {
                     out.copy_from_slice(&alone(isa, x, packed, panel));
                 }
             }
         }
-        for (source, out) in sources.iter().zip(out.chunks_exact_mut(LANES)) {
-            let Source::Mixed(lanes) = source else { continue };
-            for (out, lane) in out.iter_mut().zip(lanes) {
-                let Some((packed, row)) = *lane else { continue };
+        for (source, out) in sources.iter().zip(sums.chunks_exact_mut(LANES)) {
+            let &Source::Mixed(column) = source else { continue };
+            for (out, column) in out.iter_mut().zip(column..) {
+                let Some((packed, row)) = store.rows.lane(column) else { continue };
                 *out = alone(isa, x, packed, row / LANES)[row % LANES];
             }
         }
-        let count = out.len().min(chunk - first);
-        sums[first..first + count].copy_from_slice(&out[..count]);
-        sources = after;
+        let column = chunk * FEW_CHUNK;
+        isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums, chunk: FEW_CHUNK });
+        (sources, set) = (after, set_after);
     }
-    isa.run(FinishRows { finish: store, first_row: 0, column, sums: &sums[..chunk], chunk });
 }
 
 /// The sums of one panel.
@@ -275,4 +299,26 @@ fn alone(isa: Isa, x: &X, packed: &Packed, panel: usize) -> [f32; LANES] {
     let panels = [packed.panel(panel); STREAMS];
     dot::run(isa, Gemv { layout: &packed.layout, panels, next: panels, x, sums: &mut out });
     std::array::from_fn(|i| out[i])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_are_all_chunks_in_order_and_no_smaller_than_those_behind_them() {
+        for threads in 1..5 {
+            for chunks in 0..300 {
+                let tasks = Tasks::new(chunks, threads);
+                let ranges: Vec<_> = (0..tasks.count()).map(|i| tasks.of(i).0).collect();
+                let all: Vec<usize> = ranges.iter().cloned().flatten().collect();
+                assert_eq!(all, (0..chunks).collect::<Vec<_>>());
+                assert!(ranges.is_sorted_by(|a, b| a.len() >= b.len()));
+                assert!(ranges.iter().rev().take(2 * threads).all(|r| r.len() == 1));
+                for (i, next) in ranges.iter().enumerate().skip(threads) {
+                    assert_eq!(tasks.of(i - threads).1, next.start);
+                }
+            }
+        }
+    }
 }
