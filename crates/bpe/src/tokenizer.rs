@@ -5,6 +5,7 @@ use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use crate::added::{AddedMatcher, AddedToken, Part};
 use crate::alphabet;
@@ -104,14 +105,17 @@ impl Tokenizer {
         }
         self.add_span(text, id, start)?;
         if in_alphabet {
-            let key = self.bytes.get(start..).unwrap_or_default();
-            if let Some(first) = self.lookup(key) {
-                return Err(Error::DuplicateToken { token: clip(text, 64), first, second: id });
-            }
-            let hash = self.hasher.hash_one(key);
             let (bytes, spans, hasher) = (&self.bytes, &self.spans, &self.hasher);
+            let key = bytes.get(start..).unwrap_or_default();
+            let same = |&id: &u32| span_bytes(bytes, spans, id) == Some(key);
             let rehash = |&id: &u32| hasher.hash_one(span_bytes(bytes, spans, id).unwrap_or_default());
-            self.by_bytes.insert_unique(hash, id, rehash);
+            match self.by_bytes.entry(hasher.hash_one(key), same, rehash) {
+                Entry::Vacant(place) => place.insert(id),
+                Entry::Occupied(first) => {
+                    let first = *first.get();
+                    return Err(Error::DuplicateToken { token: clip(text, 64), first, second: id });
+                }
+            };
         } else if let Some(first) = self.by_text.insert(text.to_owned(), id) {
             return Err(Error::DuplicateToken { token: clip(text, 64), first, second: id });
         }
@@ -140,9 +144,10 @@ impl Tokenizer {
         if self.spans.len() <= index {
             self.spans.resize(index + 1, Span::default());
         }
-        let too_large =
-            Error::TooLarge { what: "vocabulary bytes", limit: u32::MAX as usize, found: self.bytes.len() };
-        let (Ok(start), Ok(len)) = (u32::try_from(start), u16::try_from(len)) else { return Err(too_large) };
+        let (Ok(start), Ok(len)) = (u32::try_from(start), u16::try_from(len)) else {
+            let found = self.bytes.len();
+            return Err(Error::TooLarge { what: "vocabulary bytes", limit: u32::MAX as usize, found });
+        };
         if let Some(span) = self.spans.get_mut(index) {
             *span = Span { start, len, used: true, special: false };
         }

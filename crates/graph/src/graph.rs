@@ -1,6 +1,6 @@
 //! The graph itself: nodes in topological order, each with its op, operands and the place in the model.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use pocketglm_tensor::DType;
 
@@ -305,15 +305,12 @@ impl Graph {
                 stack.extend(self.nodes[i].inputs.iter().map(|v| v.node()));
             }
         }
-        let mut waiting: Vec<usize> = self
-            .nodes
-            .iter()
-            .map(|n| n.inputs.iter().map(|v| v.node()).collect::<BTreeSet<_>>().len())
-            .collect();
-        let mut dependents: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        // An input that a node uses twice counts twice, here and there.
+        let mut waiting: Vec<usize> = self.nodes.iter().map(|n| n.inputs.len()).collect();
+        let mut dependents = vec![Vec::new(); self.nodes.len()];
         for (i, node) in self.nodes.iter().enumerate().filter(|(i, _)| live[*i]) {
-            for producer in node.inputs.iter().map(|v| v.node()).collect::<BTreeSet<_>>() {
-                dependents.entry(producer).or_default().push(i);
+            for v in &node.inputs {
+                dependents[v.node()].push(i);
             }
         }
         // A fused node is appended at the end; it runs where its earliest user would have run.
@@ -331,7 +328,7 @@ impl Graph {
         while let Some((_, i)) = ready.pop_first() {
             moved[i] = order.len() as u32;
             order.push(i);
-            for &user in dependents.get(&i).map_or(&[][..], |d| d) {
+            for &user in &dependents[i] {
                 waiting[user] -= 1;
                 if waiting[user] == 0 {
                     ready.insert((rank[user], user));
