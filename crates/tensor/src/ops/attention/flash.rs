@@ -18,7 +18,7 @@ const BK: usize = 256;
 /// Tiles of one block of rows. Keys and values are packed anew for each block.
 const TILES: usize = 16;
 /// The same where every row sees all keys of its segment, so that a large block wastes nothing.
-const SEGMENT_TILES: usize = 64;
+const SEGMENT_TILES: usize = 128;
 /// Fewer tasks than this are cut along the keys.
 const FEW_TASKS: usize = 16;
 /// Rows between one that is used and the one that is asked for.
