@@ -2,7 +2,8 @@
 //!
 //! The query heads of one key head are rows of one matrix, so that packed keys and values serve all of them; row
 //! `r` of a segment is query `r / g`, head `r % g` of the group. For each block of keys and tile of rows:
-//! `S = Q K^T`; `m' = max(m, S)`; `P = exp(S - m')`; `l = l exp(m - m') + sum P`; `O = O exp(m - m') + P V`.
+//! `S = Q K^T`; `m' = max(m, S)`; `P = exp(S - m')`; `l = l exp(m - m') + sum P`; `O = O exp(m - m') + P V`. Any reference
+//! near the maximum does, so `m` stays where scores exceed it by little. Scores are in factors of two, not of e.
 //! Few rows and many keys are cut along the keys as well, and the parts are joined afterwards. Where the cuts are
 //! depends on the shape only, so the result does not depend on the number of threads.
 
@@ -215,7 +216,7 @@ impl Kernel for Run<'_> {
                     let row = a.q.as_ptr().add(query_of(r) * a.q_stride + head * d);
                     // Heads of rows are far apart in memory.
                     for p in (0..d).step_by(16) {
-                        s.prefetch_near(row.wrapping_add(AHEAD * a.q_stride / group + p).cast());
+                        s.prefetch_near(row.wrapping_add(AHEAD.div_ceil(group) * a.q_stride + p).cast());
                     }
                     let to = q.add(start * d + r - start);
                     scatter(s, row, scale, d, to, end - start);
@@ -291,7 +292,7 @@ impl Kernel for Run<'_> {
                     let head = task.head * group + (task.row + r) % group;
                     let to = self.out.at(query_of(r) * a.out_stride + head * d);
                     for p in (0..d).step_by(16) {
-                        s.prefetch_near(to.wrapping_add(AHEAD * a.out_stride / group + p).cast());
+                        s.prefetch_near(to.wrapping_add(AHEAD.div_ceil(group) * a.out_stride + p).cast());
                     }
                     let saw = end_of(r) > task.keys.start;
                     divide(s, row, if saw { sum } else { 1.0 }, d, to);
