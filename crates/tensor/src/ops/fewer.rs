@@ -23,7 +23,7 @@ const MANY: usize = 12;
 /// Floats of the sums of one task, which stay there as well.
 const SUMS: usize = 112 << 10;
 /// Steps of the right operand that are packed at a time.
-const SLICE: usize = 64;
+const SLICE: usize = 128;
 /// Fewest rows, steps and columns for which additions cost less than the products that are saved.
 const WORTH: [usize; 3] = [64, 256, 256];
 
@@ -367,7 +367,7 @@ struct Block<'a, F> {
     columns: usize,
     /// `[position][row_stride]`
     rows: *mut f32,
-    /// `[result][position][columns]`
+    /// `[result][panel][position][NR]`
     sums: *mut f32,
     finish: &'a F,
 }
@@ -382,16 +382,19 @@ impl<F: Finish> Kernel for Block<'_, F> {
             self.multiply::<S, { KC[0] }>(s);
         }
         let Block { scheme, column, columns, sums, .. } = self;
-        let count = self.positions.len();
+        let (count, nr) = (self.positions.len(), panel_columns(S::WIDTH));
+        let whole = columns.min(scheme.n - column);
         for (i, [row, right]) in scheme.results.iter().enumerate() {
-            let whole = columns.min(scheme.n - column);
             for (p, position) in self.positions.clone().enumerate() {
                 let row = position * scheme.y_step + row;
-                if row < self.m {
+                if row >= self.m {
+                    continue;
+                }
+                for panel in (0..whole).step_by(nr) {
+                    let at = i * count * columns + panel * count + p * nr;
                     // SAFETY: written before, as every result has a product.
-                    let sums =
-                        unsafe { std::slice::from_raw_parts(sums.add((i * count + p) * columns), whole) };
-                    self.finish.finish(s, row, right + column, sums);
+                    let sums = unsafe { std::slice::from_raw_parts(sums.add(at), nr.min(whole - panel)) };
+                    self.finish.finish(s, row, right + column + panel, sums);
                 }
             }
         }
@@ -415,6 +418,12 @@ impl<F: Finish> Block<'_, F> {
             let mut begun = vec![k0 > 0; scheme.results.len()];
             for (i, product) in scheme.products.iter().enumerate() {
                 self.pack(s, product, k0, kc);
+                let soon = match scheme.products.get(i + 1) {
+                    Some(next) => Soon::rows(self, next, k0, kc),
+                    None if k0 + kc < scheme.k => Soon::rows(self, &scheme.products[0], k0 + kc, kc),
+                    None => Soon::results(self),
+                };
+                let calls = columns / nr * tiles.count;
                 let b_of = |i: usize| self.b.wrapping_add((i * scheme.k + k0) * width + column * kc);
                 for panel in (0..columns).step_by(nr) {
                     // Each tile asks for its share of the panel that comes next.
@@ -426,17 +435,16 @@ impl<F: Finish> Block<'_, F> {
                         let mr = tiles.start(t + 1) - start;
                         into.clear();
                         into.extend(product.y.iter().map(|&(result, factor)| Into {
-                            c: sums.wrapping_add((result * count + start) * columns + panel),
+                            c: sums.wrapping_add(result * count * columns + panel * count + start * nr),
                             factor,
                             first: !begun[result],
                         }));
                         let next = Lines::run(next.wrapping_add(t * lines * 16).cast());
-                        let ahead = Ahead { both: [next, Lines::run(std::ptr::null())], lines };
+                        let (other, others) = soon.part(panel / nr * tiles.count + t, calls);
+                        let ahead = Ahead { both: [next, other], lines: lines.max(others) };
                         let a = rows.wrapping_add(start * STRIDE);
                         // SAFETY: rows were packed just now, and the panels before; results lie in this thread's sums.
-                        unsafe {
-                            s.tile::<STRIDE>(Tile { mr, k: kc, a, b, into: &into, stride: columns, ahead })
-                        };
+                        unsafe { s.tile::<STRIDE>(Tile { mr, k: kc, a, b, into: &into, stride: nr, ahead }) };
                     }
                 }
                 for (result, _) in &product.y {
@@ -458,6 +466,56 @@ impl<F: Finish> Block<'_, F> {
             }));
             // SAFETY: `kc` floats of `x`, as just checked, and of this position's packed row.
             unsafe { add_up(s, &terms, kc, self.rows.add(p * self.scheme.row_stride())) };
+        }
+    }
+}
+
+/// What is asked for while the tiles of a product compute: some areas of as many rows as there are positions.
+struct Soon {
+    areas: Vec<*const u8>,
+    /// Bytes from row to row, and lines of a row.
+    stride: usize,
+    lines: usize,
+    rows: usize,
+}
+
+impl Soon {
+    /// Rows of `x` that `product` packs.
+    #[inline(always)]
+    fn rows<F>(block: &Block<'_, F>, product: &Product, k0: usize, kc: usize) -> Soon {
+        let Block { scheme, x, x_stride, positions, .. } = block;
+        let area = |term: &Term| {
+            let at = (positions.start * scheme.x_step + term.row) * x_stride + term.column + k0;
+            x.as_ptr().wrapping_add(at).cast()
+        };
+        let areas = product.x.iter().map(area).collect();
+        Soon { areas, stride: scheme.x_step * x_stride * 4, lines: kc.div_ceil(16), rows: positions.len() }
+    }
+
+    /// Where results go.
+    #[inline(always)]
+    fn results<F: Finish>(block: &Block<'_, F>) -> Soon {
+        let Block { scheme, positions, column, columns, finish, .. } = block;
+        let place = |row: usize, column: usize| finish.place(positions.start * scheme.y_step + row, column);
+        let areas: Vec<_> =
+            scheme.results.iter().filter_map(|&[row, right]| place(row, right + column)).collect();
+        let next = place(scheme.y_step, *column).unwrap_or(std::ptr::null());
+        let stride = areas.first().map_or(0, |&first| next.addr().wrapping_sub(first.addr()));
+        Soon { areas, stride, lines: columns.div_ceil(16), rows: positions.len() }
+    }
+
+    /// The share of call `call` of `calls`, and how many lines it is.
+    #[inline(always)]
+    fn part(&self, call: usize, calls: usize) -> (Lines, usize) {
+        let each = (calls / self.areas.len().max(1)).max(1);
+        let rows = self.rows.div_ceil(each);
+        let first = call % each * rows;
+        match self.areas.get(call / each) {
+            Some(&area) if first < self.rows => {
+                let lines = Lines::new(area, self.stride, self.lines).from(first);
+                (lines, lines.of_rows(rows))
+            }
+            _ => (Lines::run(std::ptr::null()), 0),
         }
     }
 }

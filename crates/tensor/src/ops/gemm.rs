@@ -39,6 +39,11 @@ pub(crate) trait Finish: Sync {
     /// Takes the sums of row `row` and the columns from `column`, as many as a chunk has.
     fn finish<S: Simd>(&self, s: S, row: usize, column: usize, sums: &[f32]);
 
+    /// Where the result of row `row` and column `column` goes, if it will be written there soon and through the caches.
+    fn place(&self, _row: usize, _column: usize) -> Option<*const u8> {
+        None
+    }
+
     /// Follows the last of some rows.
     #[inline(always)]
     fn done<S: Simd>(&self, _: S) {}

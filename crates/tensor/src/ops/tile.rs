@@ -82,13 +82,12 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     let mut sums = [[s.splat(0.0); NV]; MR];
     // SAFETY: every address below is an element that the caller promised.
     unsafe {
-        // Sums are asked for in the last steps: a long panel passes through the first-level cache before.
+        // Sums are asked for in the last steps, a row in each: a long panel passes through the first-level cache before.
         let row_lines = (NV * S::WIDTH).div_ceil(16);
-        let late = (into.len() * MR * row_lines).min(k);
+        let late = (into.len() * MR).min(k);
         let asked = ahead.lines.min(k - late);
         for p in 0..asked {
-            s.prefetch(ahead.both[0].address(p));
-            s.prefetch(ahead.both[1].address(p));
+            ahead.ask(s, p);
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
         for p in asked..k - late {
@@ -97,14 +96,17 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
         let mut p = k - late;
         'late: for to in into {
             for i in 0..MR {
-                for j in 0..row_lines {
-                    if p == k {
-                        break 'late;
-                    }
-                    s.prefetch_near(to.c.wrapping_add(i * stride + j * 16).cast());
-                    step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
-                    p += 1;
+                if p == k {
+                    break 'late;
                 }
+                for j in 0..row_lines {
+                    s.prefetch_near(to.c.wrapping_add(i * stride + j * 16).cast());
+                }
+                if p < ahead.lines {
+                    ahead.ask(s, p);
+                }
+                step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
+                p += 1;
             }
         }
         for to in into {
@@ -163,24 +165,42 @@ unsafe fn step<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     }
 }
 
-/// Memory that will be used soon: rows, `stride` bytes apart, of `1 << shift` cache lines.
+/// Memory that will be used soon: rows of some cache lines, `stride` bytes apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Lines {
     pub(crate) base: *const u8,
     pub(crate) stride: usize,
-    pub(crate) shift: u32,
+    /// Lines of a row, and `2^16` divided by that.
+    row: usize,
+    inverse: usize,
 }
 
 impl Lines {
+    /// Rows of `row` lines, fewer than `2^16`. Hundreds of lines are right; far beyond, addresses may be others.
+    pub(crate) fn new(base: *const u8, stride: usize, row: usize) -> Lines {
+        Lines { base, stride, row, inverse: (1usize << 16).div_ceil(row.max(1)) }
+    }
+
     /// One long row.
     pub(crate) fn run(base: *const u8) -> Lines {
-        Lines { base, stride: 0, shift: usize::BITS - 1 }
+        Lines { base, stride: 0, row: 0, inverse: 0 }
+    }
+
+    /// The rows from row `first` on.
+    pub(crate) fn from(self, first: usize) -> Lines {
+        Lines { base: self.base.wrapping_add(first * self.stride), ..self }
+    }
+
+    /// Lines of so many rows.
+    pub(crate) fn of_rows(&self, rows: usize) -> usize {
+        rows * self.row
     }
 
     #[inline(always)]
     pub(crate) fn address(&self, line: usize) -> *const u8 {
-        let within = line & ((1 << self.shift) - 1);
-        self.base.wrapping_add((line >> self.shift).wrapping_mul(self.stride) + within * 64)
+        let row = line.wrapping_mul(self.inverse) >> 16;
+        let within = line.wrapping_sub(row.wrapping_mul(self.row));
+        self.base.wrapping_add(row.wrapping_mul(self.stride)).wrapping_add(within.wrapping_mul(64))
     }
 }
 
@@ -195,6 +215,12 @@ pub(crate) struct Ahead {
 impl Ahead {
     pub(crate) fn none() -> Ahead {
         Ahead { both: [Lines::run(std::ptr::null()); 2], lines: 0 }
+    }
+
+    #[inline(always)]
+    fn ask<S: Simd>(&self, s: S, line: usize) {
+        s.prefetch(self.both[0].address(line));
+        s.prefetch(self.both[1].address(line));
     }
 }
 
@@ -301,11 +327,11 @@ impl Block {
         let lines = self.next_bytes / 64;
         let rows = self.next_rows.div_ceil(self.tiles.count * self.panels);
         let first = (panel * self.tiles.count + t) * rows;
-        if first >= self.next_rows || !lines.is_power_of_two() {
+        if first >= self.next_rows || lines == 0 {
             return Ahead { both: [run; 2], lines: run_lines };
         }
         let base = self.next.wrapping_add(first * self.next_stride);
-        let weights = Lines { base, stride: self.next_stride, shift: lines.trailing_zeros() };
+        let weights = Lines::new(base, self.next_stride, lines);
         Ahead { both: [weights, run], lines: run_lines.max(rows * lines) }
     }
 }

@@ -64,9 +64,9 @@ pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
 /// The polynomial with the given coefficients, the highest power first.
 #[inline(always)]
 fn polynomial<S: Simd, const N: usize>(s: S, x: S::V, coefficients: [f32; N]) -> S::V {
-    let mut p = s.splat(0.0);
-    for c in coefficients {
-        p = s.fma(p, x, s.splat(c));
+    let mut p = s.splat(coefficients[0]);
+    for i in 1..N {
+        p = s.fma(p, x, s.splat(coefficients[i]));
     }
     p
 }

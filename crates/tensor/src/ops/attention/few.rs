@@ -424,14 +424,13 @@ impl Soon {
     #[inline(always)]
     fn new(heads: Heads, rows: usize, d: usize) -> Soon {
         let bytes = heads.format.head_bytes(d).unwrap_or(0);
-        let shift = bytes.div_ceil(64).next_power_of_two().trailing_zeros();
-        Soon { lines: Lines { base: heads.base, stride: heads.stride, shift }, rows }
+        Soon { lines: Lines::new(heads.base, heads.stride, bytes.div_ceil(64)), rows }
     }
 
     /// Asks for the share of step `at` of `of`.
     #[inline(always)]
     fn part<S: Simd>(&self, s: S, at: usize, of: usize, step: usize) {
-        let all = self.rows << self.lines.shift;
+        let all = self.lines.of_rows(self.rows);
         for line in all * at / of..all * (at + step) / of {
             s.prefetch(self.lines.address(line));
         }
@@ -444,8 +443,8 @@ impl Soon {
         if call * rows >= self.rows {
             return Ahead::none();
         }
-        let base = self.lines.base.wrapping_add(call * rows * self.lines.stride);
-        let nothing_else = Lines { base, stride: 0, shift: 0 };
-        Ahead { both: [Lines { base, ..self.lines }, nothing_else], lines: rows << self.lines.shift }
+        let lines = self.lines.from(call * rows);
+        let nothing_else = Lines::new(lines.base, 0, 1);
+        Ahead { both: [lines, nothing_else], lines: self.lines.of_rows(rows) }
     }
 }

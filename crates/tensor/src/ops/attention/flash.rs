@@ -2,7 +2,8 @@
 //!
 //! The query heads of one key head are rows of one matrix, so that packed keys and values serve all of them; row
 //! `r` of a segment is query `r / g`, head `r % g` of the group. For each block of keys and tile of rows:
-//! `S = Q K^T`; `m' = max(m, S)`; `P = exp(S - m')`; `l = l exp(m - m') + sum P`; `O = O exp(m - m') + P V`.
+//! `S = Q K^T`; `m' = max(m, S)`; `P = exp(S - m')`; `l = l exp(m - m') + sum P`; `O = O exp(m - m') + P V`. Any reference
+//! near the maximum does, so `m` stays where scores exceed it by little. Scores are in factors of two, not of e.
 //! Few rows and many keys are cut along the keys as well, and the parts are joined afterwards. Where the cuts are
 //! depends on the shape only, so the result does not depend on the number of threads.
 
@@ -18,9 +19,11 @@ const BK: usize = 256;
 /// Tiles of one block of rows. Keys and values are packed anew for each block.
 const TILES: usize = 16;
 /// The same where every row sees all keys of its segment, so that a large block wastes nothing.
-const SEGMENT_TILES: usize = 64;
+const SEGMENT_TILES: usize = 128;
 /// Fewer tasks than this are cut along the keys.
 const FEW_TASKS: usize = 16;
+/// Rows between one that is used and the one that is asked for.
+const AHEAD: usize = 12;
 /// Fewest keys of a part, and most parts.
 const SPLIT: usize = 1024;
 pub(super) const MAX_SPLITS: usize = 8;
@@ -195,6 +198,8 @@ impl Kernel for Run<'_> {
         let stats = sums.wrapping_add(sizes.out);
         let tiles = Tiles::new(task.rows, S::WIDTH);
         let soon = |key: usize| Soon::new(a, task, key);
+        // Scores are exponents of two.
+        let scale = a.scale * std::f32::consts::LOG2_E;
         let query_of = |r: usize| task.query + (task.row + r) / group;
         // The first key that row `r` does not see.
         let end_of = |r: usize| match a.mask {
@@ -209,9 +214,12 @@ impl Kernel for Run<'_> {
                 for r in start..end {
                     let head = task.head * group + (task.row + r) % group;
                     let row = a.q.as_ptr().add(query_of(r) * a.q_stride + head * d);
-                    for p in 0..d {
-                        *q.add(start * d + p * (end - start) + r - start) = *row.add(p) * a.scale;
+                    // Heads of rows are far apart in memory.
+                    for p in (0..d).step_by(16) {
+                        s.prefetch_near(row.wrapping_add(AHEAD.div_ceil(group) * a.q_stride + p).cast());
                     }
+                    let to = q.add(start * d + r - start);
+                    scatter(s, row, scale, d, to, end - start);
                 }
             }
             std::slice::from_raw_parts_mut(sums, task.rows * padded).fill(0.0);
@@ -252,19 +260,11 @@ impl Kernel for Run<'_> {
                             ahead,
                         });
                     }
-                    for r in 0..mr {
-                        let own = end_of(start + r).saturating_sub(key).min(seen);
-                        let state = stats.add(2 * (start + r));
-                        let scale = soften(s, scores.add(r * BK), own, seen, state);
-                        if scale != 1.0 {
-                            let row = sums.add((start + r) * padded);
-                            for j in (0..padded).step_by(S::WIDTH) {
-                                s.store(row.add(j), s.mul(s.load(row.add(j)), s.splat(scale)));
-                            }
-                        }
-                    }
+                    let own = |r: usize| end_of(start + r).saturating_sub(key).min(seen);
+                    let (stats, sums) = (stats.add(2 * start), sums.add(start * padded));
+                    Soften { scores, rows: mr, seen, stats, sums, padded }.run(s, own);
                     for panel in 0..padded / nr {
-                        let (b, c) = (v.add(panel * nr * count), sums.add(start * padded + panel * nr));
+                        let (b, c) = (v.add(panel * nr * count), sums.add(panel * nr));
                         let panels = padded / nr;
                         let (a, ahead) =
                             (scores, soon.part(soon.values, t * panels + panel, tiles.count * panels));
@@ -286,11 +286,14 @@ impl Kernel for Run<'_> {
                 if self.split {
                     let to = self.partials.at((task.partial + r) * sizes.partial);
                     std::ptr::copy_nonoverlapping(row, to, padded);
-                    *to.add(padded) = max;
+                    *to.add(padded) = max * std::f32::consts::LN_2;
                     *to.add(padded + 1) = sum;
                 } else {
                     let head = task.head * group + (task.row + r) % group;
                     let to = self.out.at(query_of(r) * a.out_stride + head * d);
+                    for p in (0..d).step_by(16) {
+                        s.prefetch_near(to.wrapping_add(AHEAD.div_ceil(group) * a.out_stride + p).cast());
+                    }
                     let saw = end_of(r) > task.keys.start;
                     divide(s, row, if saw { sum } else { 1.0 }, d, to);
                 }
@@ -312,10 +315,9 @@ impl Soon {
     fn new(a: &Attention<'_>, task: &Task, key: usize) -> Soon {
         let bytes = a.k.format.head_bytes(a.d).unwrap_or(0).max(a.v.format.head_bytes(a.d).unwrap_or(0));
         let rows = BK.min(task.keys.end.saturating_sub(key));
-        let shift = bytes.div_ceil(64).next_power_of_two().trailing_zeros();
         let at = |x: &KvRows<'_>| {
             let Heads { base, stride, .. } = Heads::new(x, key, task.head, a.d);
-            Lines { base, stride, shift }
+            Lines::new(base, stride, bytes.div_ceil(64))
         };
         Soon { keys: at(&a.k), values: at(&a.v), rows }
     }
@@ -328,17 +330,36 @@ impl Soon {
         if call * rows >= self.rows {
             return Ahead::none();
         }
-        let base = of.base.wrapping_add(call * rows * of.stride);
-        let nothing_else = Lines { base, stride: 0, shift: 0 };
-        Ahead { both: [Lines { base, ..of }, nothing_else], lines: rows << of.shift }
+        let lines = of.from(call * rows);
+        let nothing_else = Lines::new(lines.base, 0, 1);
+        Ahead { both: [lines, nothing_else], lines: of.of_rows(rows) }
     }
 
     /// Asks for everything at once.
     #[inline(always)]
     fn all<S: Simd>(&self, s: S) {
-        for line in 0..self.rows << self.keys.shift {
+        for line in 0..self.keys.of_rows(self.rows) {
             s.prefetch(self.keys.address(line));
             s.prefetch(self.values.address(line));
+        }
+    }
+}
+
+/// `to[p * stride] = row[p] * factor` for `p < d`. Lanes go through memory, which is faster than instructions that scatter.
+///
+/// # Safety
+/// `d` floats at `row`, and the elements of `to`.
+#[inline(always)]
+unsafe fn scatter<S: Simd>(s: S, row: *const f32, factor: f32, d: usize, to: *mut f32, stride: usize) {
+    let mut lanes = [0f32; 16];
+    for p in (0..d).step_by(S::WIDTH) {
+        let n = (d - p).min(S::WIDTH);
+        // SAFETY: `n` floats from `p`.
+        unsafe {
+            s.store(lanes.as_mut_ptr(), s.mul(s.load_n(row.add(p), n), s.splat(factor)));
+            for (i, v) in std::hint::black_box(&lanes).iter().take(n).enumerate() {
+                *to.add((p + i) * stride) = *v;
+            }
         }
     }
 }
@@ -356,51 +377,80 @@ pub(super) unsafe fn divide<S: Simd>(s: S, row: *const f32, sum: f32, d: usize, 
     }
 }
 
-/// Replaces the first `own` scores of a row by their exponentials and those up to `seen` by zeros, and updates the
-/// row's maximum and sum. Returns the factor for what was summed before.
-///
-/// # Safety
-/// `BK` floats at `row`, two at `state`.
-#[inline(always)]
-unsafe fn soften<S: Simd>(s: S, row: *mut f32, own: usize, seen: usize, state: *mut f32) -> f32 {
-    let whole = own.next_multiple_of(S::WIDTH);
-    // SAFETY: `BK` is a multiple of the width, so `whole <= BK`.
-    unsafe {
-        for j in own..whole {
-            *row.add(j) = f32::NEG_INFINITY;
-        }
-        let before = *state;
-        let mut max = s.splat(before);
-        for j in (0..whole).step_by(S::WIDTH) {
-            max = s.max(s.load(row.add(j)), max);
-        }
-        let max = s.reduce_max(max);
-        for j in whole..seen.next_multiple_of(S::WIDTH) {
-            *row.add(j) = 0.0;
-        }
-        if max == f32::NEG_INFINITY {
-            // Nothing but minus infinities so far (NaN counts as nothing here and is found below).
-            let mut nan = s.splat(0.0);
-            for j in (0..whole).step_by(S::WIDTH) {
-                let p = math::exp(s, s.load(row.add(j)));
-                s.store(row.add(j), p);
-                nan = s.add(nan, p);
+/// How far, in factors of two, scores may exceed what they are taken relative to, before that is raised and sums are scaled
+/// down: so they seldom are, and no digits are lost.
+const SLACK: f32 = 8.0;
+
+/// Rows of a tile whose scores become weights.
+struct Soften {
+    /// Rows of [`BK`] scores, in factors of two.
+    scores: *mut f32,
+    rows: usize,
+    /// Scores that exist.
+    seen: usize,
+    /// Reference and sum of each row.
+    stats: *mut f32,
+    /// What was summed before, rows of `padded`.
+    sums: *mut f32,
+    padded: usize,
+}
+
+impl Soften {
+    /// Scores become powers of two relative to a reference, zeros from `own(r)` on in row `r`; references and sums of the
+    /// rows are updated. All rows go through each step together, since their chains of operations are independent.
+    ///
+    /// # Safety
+    /// At most as many rows as a tile has, of `BK` floats at `scores`, two at `stats` and `padded` at `sums`;
+    /// `own(r) <= seen <= BK`.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S, own: impl Fn(usize) -> usize) {
+        let Soften { scores, rows, seen, stats, sums, padded } = self;
+        // `BK` is a multiple of the width.
+        let whole = seen.next_multiple_of(S::WIDTH);
+        let mut most = [f32::NEG_INFINITY; tile_rows(4)];
+        // SAFETY: the caller's promise.
+        unsafe {
+            for r in 0..rows {
+                let row = scores.add(r * BK);
+                for j in own(r)..whole {
+                    *row.add(j) = f32::NEG_INFINITY;
+                }
+                // NaN counts as nothing here and is found below.
+                let mut max = s.splat(f32::NEG_INFINITY);
+                for j in (0..whole).step_by(S::WIDTH) {
+                    max = s.max(s.load(row.add(j)), max);
+                }
+                most[r] = s.reduce_max(max);
             }
-            *state.add(1) += s.reduce_add(nan);
-            return 1.0;
+            for r in 0..rows {
+                let (reference, sum) = (stats.add(2 * r), stats.add(2 * r + 1));
+                let before = *reference;
+                if most[r] > before + SLACK {
+                    *reference = most[r];
+                    if before > f32::NEG_INFINITY {
+                        let scale = math::exp2(s, s.splat(before - most[r]));
+                        *sum *= s.reduce_max(scale);
+                        for j in (0..padded).step_by(S::WIDTH) {
+                            let at = sums.add(r * padded + j);
+                            s.store(at, s.mul(s.load(at), scale));
+                        }
+                    }
+                }
+            }
+            for r in 0..rows {
+                let (row, reference) = (scores.add(r * BK), *stats.add(2 * r));
+                // Nothing but minus infinities so far, or NaN.
+                let none = reference == f32::NEG_INFINITY;
+                let shift = s.splat(if none { 0.0 } else { reference });
+                let mut sum = s.splat(0.0);
+                for j in (0..whole).step_by(S::WIDTH) {
+                    let p = math::exp2(s, s.sub(s.load(row.add(j)), shift));
+                    s.store(row.add(j), p);
+                    sum = s.add(sum, p);
+                }
+                *stats.add(2 * r + 1) += s.reduce_add(sum);
+            }
         }
-        let shift = s.splat(max);
-        let mut sum = s.splat(0.0);
-        for j in (0..whole).step_by(S::WIDTH) {
-            let below = s.sub(s.load(row.add(j)), shift);
-            let p = math::exp2(s, s.mul(below, s.splat(std::f32::consts::LOG2_E)));
-            s.store(row.add(j), p);
-            sum = s.add(sum, p);
-        }
-        let scale = if before == max { 1.0 } else { s.reduce_max(math::exp(s, s.splat(before - max))) };
-        *state = max;
-        *state.add(1) = *state.add(1) * scale + s.reduce_add(sum);
-        scale
     }
 }
 

@@ -64,9 +64,13 @@ impl Case {
 }
 
 fn compare(args: &Attention<'_>, case: &str) {
+    compare_within(CLOSE, args, case);
+}
+
+fn compare_within(close: Close, args: &Attention<'_>, case: &str) {
     let mut wanted = vec![0.5; args.t * args.out_stride];
     attention_twin(args, &mut wanted).unwrap();
-    check(case, &wanted, CLOSE, &|cpu, out| {
+    check(case, &wanted, close, &|cpu, out| {
         out.fill(0.5);
         attention(cpu, args, out)
     });
@@ -180,6 +184,25 @@ fn large_and_equal_scores_are_stable() {
     case.k = values(200 * 16, 4).iter().map(|v| (v * 8.0).round()).collect();
     case.q.iter_mut().for_each(|v| *v = v.round());
     case.compare(Mask::Causal { past: 180 });
+}
+
+#[test]
+fn scores_that_rise_from_block_to_block_are_stable() {
+    // By less than the slack of the reference, by more, and back down; and a first block whose keys all count nothing.
+    for rises in [[0.0, 2.0, 4.0, 1.0], [0.0, 12.0, 3.0, 24.0], [-1e30, 3.0, 0.0, 16.0]] {
+        let mut case = Case::new([1000, 1000, 2, 1, 32], 0);
+        for row in case.q.chunks_exact_mut(32) {
+            row[0] = 32f32.sqrt();
+        }
+        for (i, row) in case.k.chunks_exact_mut(32).enumerate() {
+            row[0] = rises[i / 256];
+        }
+        // Scores of 24 are rounded to a millionth.
+        let close = Close { relative: 1e-5, absolute: 1e-5 };
+        for mask in [Mask::Segments(&[0, 1000]), Mask::Causal { past: 0 }] {
+            compare_within(close, &case.args(mask), &format!("{rises:?} {mask:?}"));
+        }
+    }
 }
 
 #[test]

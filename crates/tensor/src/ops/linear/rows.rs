@@ -210,6 +210,12 @@ impl Finish for Store<'_> {
         }
     }
 
+    fn place(&self, row: usize, column: usize) -> Option<*const u8> {
+        let through = !self.stream && !self.rows.swiglu;
+        through
+            .then(|| self.y.at(0).wrapping_add(row * self.stride + self.offset + column).cast_const().cast())
+    }
+
     #[inline(always)]
     fn done<S: Simd>(&self, s: S) {
         if self.stream {
