@@ -263,6 +263,7 @@ fn side_by_side<'a>(sources: &[Source<'a>; STREAMS]) -> Option<(&'a Packed, [*co
 /// The columns of task `task`.
 pub(super) fn gemv(isa: Isa, x: &X, (tasks, task): (&Tasks, usize), store: &Store<'_>) {
     let sources_at = |chunk: usize| std::array::from_fn(|i| store.rows.source(chunk * FEW_CHUNK + i * LANES));
+    debug_assert_eq!(store.rows.chunk, FEW_CHUNK, "gates and what they multiply lie in one chunk");
     let (chunks, next_task) = tasks.of(task);
     let mut sources: [Source<'_>; STREAMS] = sources_at(chunks.start);
     let mut set = side_by_side(&sources);
