@@ -125,17 +125,17 @@ impl FrameConv {
 
     /// The algorithm with fewer multiplications for `out` positions, where there is one that pays, and the distance between its
     /// rows of `x`.
-    fn scheme(&self, out: usize) -> Option<(Scheme, usize)> {
+    fn scheme(&self, cpu: &Cpu, out: usize) -> Option<(Scheme, usize)> {
         let Self { channels, outputs, kernel, stride, .. } = *self;
         if !self.fewer || self.groups != 1 || self.padding != [0, 0] {
             return None;
         }
         match (kernel, stride) {
-            (3, 2) => Scheme::for_taps([out, channels, outputs]).map(|s| (s, channels)),
+            (3, 2) => Scheme::for_taps(cpu, [out, channels, outputs]).map(|s| (s, channels)),
             // Frames under neighbouring positions do not overlap: rows of a linear layer.
             _ if kernel == stride => {
                 let k = kernel * channels;
-                Scheme::for_linear([out, k, outputs]).map(|s| (s, k))
+                Scheme::for_linear(cpu, [out, k, outputs]).map(|s| (s, k))
             }
             _ => None,
         }
@@ -169,7 +169,7 @@ pub fn conv_frames_fewer_scratch_bytes(cpu: &Cpu, conv: &FrameConv) -> usize {
     if conv.fewer && conv.groups > 1 {
         return 4 * conv_spectrum::scratch_floats(cpu, conv);
     }
-    let scheme = conv.out_frames().ok().and_then(|out| conv.scheme(out));
+    let scheme = conv.out_frames().ok().and_then(|out| conv.scheme(cpu, out));
     scheme.map_or(0, |(scheme, _)| 4 * scheme.scratch_floats(cpu))
 }
 
@@ -229,7 +229,7 @@ fn convolve(
     let (k, stride) = (conv.kernel * conv.channels, conv.stride * conv.channels);
     let part = [Part { weight, rows: conv.outputs, bias }];
     if !matches!(weight, Weight::Packed(_))
-        && let Some((scheme, x_stride)) = conv.scheme(out)
+        && let Some((scheme, x_stride)) = conv.scheme(cpu, out)
     {
         return linear_by(cpu, &scheme, (x, x_stride), [out, k], &part, epilogue, y);
     }

@@ -4,26 +4,30 @@
 //! and is added, with a sign, to some blocks of the result. Sums of blocks of `x` are made while rows are packed, those of
 //! `b` once while its panels are, and a tile goes to all its results from registers, so that no sum is a pass of its own.
 //!
+//! Where additions have units of their own, tiles are those of [`pairs`](super::pairs), which save multiplications once more.
+//!
 //! A row's result depends on the other rows of its position, and its error on their magnitudes: callers ask for this
 //! explicitly.
 
 use super::SharedMut;
 use super::gemm::{Finish, Panels};
-use super::tile::{Ahead, Into, Lines, Tile, Tiles, panel_columns, tile_rows};
+use super::pairs::{self, add_excess_of_columns, excess_of_row, pair_rows, run_pairs};
+use super::tile::{Ahead, Into, Lines, Tile, Tiles, panel_columns, run_tile, tile_rows};
 use crate::simd::{Isa, Kernel, Simd};
 use crate::{Cpu, Result};
 
-/// Most steps of `k` between two uses of the same sums, and floats from one packed row to the next: for few results, and
-/// for many.
+/// Most steps of `k` between two uses of the same sums: for few results, and for many.
 const KC: [usize; 2] = [512, 256];
+/// Floats from one packed row to the next, likewise: rows that are no power of two apart share no set of the caches.
+const ROW: [usize; 2] = [KC[0] + 16, KC[1] + 16];
 /// Tiles of the positions of one task, likewise: their packed rows stay in the second-level cache while all panels pass by.
 const TILES: [usize; 2] = [8, 6];
 /// Results that are many.
 const MANY: usize = 12;
 /// Floats of the sums of one task, which stay there as well.
 const SUMS: usize = 112 << 10;
-/// Steps of the right operand that are packed at a time.
-const SLICE: usize = 128;
+/// Steps of the right operand that are packed at a time: whole vectors, and all of [`pairs::STEPS`].
+const SLICE: usize = 144;
 /// Fewest rows, steps and columns for which additions cost less than the products that are saved.
 const WORTH: [usize; 3] = [64, 256, 256];
 
@@ -54,6 +58,8 @@ pub(crate) struct Scheme {
     y_step: usize,
     /// First row and column of each block of the result.
     results: Vec<[usize; 2]>,
+    /// Whether tiles are those of [`pairs`].
+    pairs: bool,
 }
 
 /// Strassen's seven products (Strassen 1969): signs of the quadrants `[11, 12, 21, 22]` of both operands and of the result.
@@ -72,7 +78,7 @@ impl Scheme {
     pub(crate) fn plain(k: usize, n: usize) -> Scheme {
         let term = Term { row: 0, column: 0, factor: 1.0 };
         let products = vec![Product { x: vec![term], b: vec![term], y: vec![(0, 1.0)] }];
-        Scheme { products, k, n, x_step: 1, y_step: 1, results: vec![[0, 0]] }
+        Scheme { products, k, n, x_step: 1, y_step: 1, results: vec![[0, 0]], pairs: false }
     }
 
     /// Three taps of `k` channels each over frames, two frames from one result to the next: three neighbouring results need
@@ -92,13 +98,14 @@ impl Scheme {
             odd(2),
             Product { x: vec![x(6, 1.0), x(2, -1.0)], b: vec![w(2, 1.0)], y: vec![(2, 1.0)] },
         ];
-        Scheme { products, k, n, x_step: 6, y_step: 3, results: vec![[0, 0], [1, 0], [2, 0]] }
+        let results = vec![[0, 0], [1, 0], [2, 0]];
+        Scheme { products, k, n, x_step: 6, y_step: 3, results, pairs: false }
     }
 
     /// Each product by Strassen's algorithm, on halves of its steps and columns and on neighbouring positions, whose
     /// magnitudes are alike where rows follow one another in time. `k` and `n` must be even.
     pub(crate) fn strassen(self) -> Scheme {
-        let Scheme { products, k, n, x_step, y_step, results } = self;
+        let Scheme { products, k, n, x_step, y_step, results, pairs } = self;
         let split = |terms: &[Term], signs: [i8; 4], [down, right]: [usize; 2]| -> Vec<Term> {
             let quadrant = |q: usize, t: &Term| Term {
                 row: t.row + q / 2 * down,
@@ -127,18 +134,25 @@ impl Scheme {
             x_step: 2 * x_step,
             y_step: 2 * y_step,
             results: results.iter().flat_map(quarters).collect(),
+            pairs,
         }
     }
 
+    /// The same with tiles of [`pairs`], or without.
+    pub(crate) fn with_pairs(self, pairs: bool) -> Scheme {
+        Scheme { pairs, ..self }
+    }
+
     /// Strassen's algorithm for `[m, k, n]`, where it pays and halves are whole vectors.
-    pub(crate) fn for_linear([m, k, n]: [usize; 3]) -> Option<Scheme> {
+    pub(crate) fn for_linear(cpu: &Cpu, [m, k, n]: [usize; 3]) -> Option<Scheme> {
         let fits = m >= WORTH[0] && k >= WORTH[1] && n >= WORTH[2] && (k | n).is_multiple_of(32);
-        fits.then(|| Scheme::plain(k, n).strassen())
+        fits.then(|| Scheme::plain(k, n).strassen().with_pairs(cpu.isa().adds_beside_products()))
     }
 
     /// The same on top of [`Scheme::three_taps`], for `m` results.
-    pub(crate) fn for_taps([m, k, n]: [usize; 3]) -> Option<Scheme> {
-        Scheme::for_linear([m, k, n]).map(|_| Scheme::three_taps(k, n).strassen())
+    pub(crate) fn for_taps(cpu: &Cpu, size: [usize; 3]) -> Option<Scheme> {
+        let [_, k, n] = size;
+        Scheme::for_linear(cpu, size).map(|s| Scheme::three_taps(k, n).strassen().with_pairs(s.pairs))
     }
 
     /// Steps of a block of a product.
@@ -147,9 +161,19 @@ impl Scheme {
         self.k.div_ceil(self.k.div_ceil(most).max(1)).next_multiple_of(16).min(most)
     }
 
+    /// Blocks of so many steps.
+    fn chunks(&self) -> usize {
+        self.k.div_ceil(self.steps())
+    }
+
     /// Floats from one packed row to the next.
     fn row_stride(&self) -> usize {
-        if self.steps() <= KC[1] { KC[1] } else { KC[0] }
+        if self.steps() <= KC[1] { ROW[1] } else { ROW[0] }
+    }
+
+    /// Columns of one tile.
+    fn tile_columns(&self, width: usize) -> usize {
+        if self.pairs { pairs::VECTORS * width } else { panel_columns(width) }
     }
 
     /// Positions of one task and columns of each of its results.
@@ -163,20 +187,38 @@ impl Scheme {
 
     /// Floats of scratch: panels of `b`, and for each thread packed rows and sums.
     pub(crate) fn scratch_floats(&self, cpu: &Cpu) -> usize {
-        let [panels, _, own] = self.sizes(cpu.isa());
-        panels + cpu.threads() * own
+        let Sizes { panels, excess, own, .. } = self.sizes(cpu.isa());
+        panels + excess + cpu.threads() * own
     }
 
-    /// Floats of the panels, and of one thread's packed rows alone and together with its sums. Blocks of `b` fit there, too.
-    fn sizes(&self, isa: Isa) -> [usize; 3] {
+    fn sizes(&self, isa: Isa) -> Sizes {
         let nr = panel_columns(isa.width());
         let [rows, columns] = self.block(isa);
-        let panels = self.products.len() * self.k * self.n.next_multiple_of(nr);
+        let width = self.n.next_multiple_of(nr);
+        let excess = if self.pairs { self.products.len() * self.chunks() * width } else { 0 };
         let sums = rows * columns * self.results.len();
         let spare = Blocks::new(self).places.len() * SLICE * nr;
         let packed = rows * self.row_stride();
-        [panels.next_multiple_of(16), packed, (packed + sums).max(spare).next_multiple_of(16)]
+        let of_rows = rows.next_multiple_of(16);
+        Sizes {
+            panels: (self.products.len() * self.k * width).next_multiple_of(16),
+            excess: excess.next_multiple_of(16),
+            packed,
+            of_rows,
+            own: (packed + of_rows + sums).max(spare).next_multiple_of(16),
+        }
     }
+}
+
+/// Floats of each part of the scratch memory.
+struct Sizes {
+    /// Panels of all products, and what their columns have too much in products of pairs.
+    panels: usize,
+    excess: usize,
+    /// One thread's packed rows, what these have too much, and all of its own, with its sums. Blocks of `b` fit there, too.
+    packed: usize,
+    of_rows: usize,
+    own: usize,
 }
 
 /// Multiplies by a scheme. `x` has rows of `x_stride` floats, in which the scheme's blocks lie; the result has `m` rows, and
@@ -193,23 +235,23 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
 ) -> Result<()> {
     let isa = cpu.isa();
     let [rows, columns] = scheme.block(isa);
-    let [b_len, x_len, own_len] = scheme.sizes(isa);
+    let sizes = scheme.sizes(isa);
     let mut scratch = cpu.scratch(scheme.scratch_floats(cpu))?;
-    let (b, own) = scratch.split_at_mut(b_len);
-    let (b, own) = (SharedMut::new(b), SharedMut::new(own));
+    let (b, rest) = scratch.split_at_mut(sizes.panels);
+    let (excess, own) = rest.split_at_mut(sizes.excess);
+    let blocks = &Blocks::new(scheme);
+    let [of_x, of_b] = if scheme.pairs {
+        pairs::balance(mean_square_of(x, x_stride), isa.run(Sample { blocks, panels, spare: &mut *own }))
+    } else {
+        [1.0; 2]
+    };
+    let (b, excess, own) = (SharedMut::new(b), SharedMut::new(excess), SharedMut::new(own));
     let nr = panel_columns(isa.width());
     let count = scheme.n.div_ceil(nr);
-    let blocks = &Blocks::new(scheme);
-    let slices = scheme.steps().div_ceil(SLICE);
-    let slices_of_all = scheme.k.div_ceil(scheme.steps()) * slices;
-    cpu.parallel_slots(slices_of_all * count, &|slot, task| {
-        let (column, slice) = (task / slices_of_all * nr, task % slices_of_all);
-        let first = slice / slices * scheme.steps();
-        let end = (first + scheme.steps()).min(scheme.k);
-        let first = (first + slice % slices * SLICE).min(end);
-        let steps = [first, SLICE.min(end - first)];
-        let (dst, spare) = (b.at(0), own.at(slot * own_len));
-        isa.run(PackSums { scheme, blocks, panels, steps, column, dst, spare });
+    cpu.parallel_slots(scheme.chunks() * count, &|slot, task| {
+        let (column, chunk) = (task / scheme.chunks() * nr, task % scheme.chunks());
+        let (dst, excess, spare) = (b.at(0), excess.at(0), own.at(slot * sizes.own));
+        isa.run(PackSums { scheme, blocks, panels, chunk, column, scale: of_b, dst, excess, spare });
     });
     let x_rows = x.len() / x_stride;
     let positions = m.div_ceil(scheme.y_step);
@@ -220,26 +262,87 @@ pub(crate) fn multiply<P: Panels, F: Finish>(
         let (block, column) = (task / right, task % right * columns);
         let positions = block * positions / down..(block + 1) * positions / down;
         let columns = columns.min(count * nr - column);
-        let rows = own.at(slot * own_len);
-        let sums = rows.wrapping_add(x_len);
+        let rows = own.at(slot * sizes.own);
+        let of_rows = rows.wrapping_add(sizes.packed);
+        let sums = of_rows.wrapping_add(sizes.of_rows);
         let b = b.at(0).cast_const();
-        isa.run(Block { scheme, x, x_stride, x_rows, m, positions, b, column, columns, rows, sums, finish });
+        let excess = [of_rows, excess.at(0)];
+        let scale = of_x;
+        isa.run(Block {
+            scheme,
+            x,
+            x_stride,
+            x_rows,
+            scale,
+            m,
+            positions,
+            b,
+            column,
+            columns,
+            rows,
+            excess,
+            sums,
+            finish,
+        });
     });
     Ok(())
 }
 
-/// Packs the same steps and columns of all products' right operands: blocks of steps, each `[steps, NR]`. Blocks of `b` are
-/// turned once and summed from there.
+/// Rows of `x` and steps of each block of `b` from which magnitudes are known.
+const SAMPLES: usize = 16;
+
+fn mean_square(values: impl Iterator<Item = f32>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0), |(sum, n), v| (sum + f64::from(v) * f64::from(v), n + 1));
+    sum / f64::from(count.max(1))
+}
+
+/// Mean square of some rows of `x`, the same whatever the number of threads.
+fn mean_square_of(x: &[f32], x_stride: usize) -> f64 {
+    let rows = x.len() / x_stride;
+    let rows = (0..SAMPLES.min(rows)).map(|i| &x[i * rows / SAMPLES.min(rows) * x_stride..][..x_stride]);
+    mean_square(rows.flatten().copied())
+}
+
+/// Mean square of the first steps and columns of all blocks of the right operand.
+struct Sample<'a, P> {
+    blocks: &'a Blocks,
+    panels: &'a P,
+    spare: &'a mut [f32],
+}
+
+impl<P: Panels> Kernel for Sample<'_, P> {
+    type Output = f64;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f64 {
+        let steps = SAMPLES.min(self.blocks.k);
+        let spare = &mut self.spare[..steps * panel_columns(S::WIDTH)];
+        let places = self.blocks.places.iter();
+        let sum: f64 = places
+            .map(|&[row, column]| {
+                // SAFETY: the slice has as many floats.
+                unsafe { self.panels.pack(s, column, row, steps, spare.as_mut_ptr()) };
+                mean_square(spare.iter().copied())
+            })
+            .sum();
+        sum / self.blocks.places.len() as f64
+    }
+}
+
+/// Packs the same steps and columns of all products' right operands: blocks of steps, each `[steps, columns of a tile]`. Blocks
+/// of `b` are turned once and summed from there.
 struct PackSums<'a, P> {
     scheme: &'a Scheme,
     blocks: &'a Blocks,
     panels: &'a P,
-    /// First step, and how many of them.
-    steps: [usize; 2],
+    /// Which block of steps.
+    chunk: usize,
     column: usize,
+    scale: f32,
     /// Panels of all products.
     dst: *mut f32,
-    /// Room for these steps of all blocks.
+    /// What their columns have too much: `[product, block of steps, columns]`
+    excess: *mut f32,
+    /// Room for some steps of all blocks.
     spare: *mut f32,
 }
 
@@ -247,39 +350,70 @@ impl<P: Panels> Kernel for PackSums<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let PackSums { scheme, blocks, panels, steps: [first, count], column, dst, spare } = self;
-        let nr = panel_columns(S::WIDTH);
+        let PackSums { scheme, blocks, panels, chunk, column, scale, dst, excess, spare } = self;
+        let (nr, part) = (panel_columns(S::WIDTH), scheme.tile_columns(S::WIDTH));
         let width = scheme.n.next_multiple_of(nr);
-        let k0 = first / scheme.steps() * scheme.steps();
+        let k0 = chunk * scheme.steps();
         let kc = scheme.steps().min(scheme.k - k0);
-        for (i, [row, right]) in blocks.places.iter().enumerate() {
-            // Rows of the block that comes next, which are short pieces far apart.
-            let (next_row, next_right, from) = match blocks.places.get(i + 1) {
-                Some(&[row, right]) => (row, right, first),
-                None => (blocks.places[0][0], blocks.places[0][1], first + count),
-            };
-            let (base, rows, stride, bytes) = panels.stored(next_right + column, next_row + from, count);
-            for r in 0..rows.min(nr) {
-                for line in (0..bytes).step_by(64) {
-                    s.prefetch(base.wrapping_add(r * stride + line));
-                }
+        let excess_of =
+            |product: usize| excess.wrapping_add((product * scheme.chunks() + chunk) * width + column);
+        if scheme.pairs {
+            for product in 0..blocks.sums.len() {
+                // SAFETY: this task's columns of what `sizes` counted.
+                unsafe { std::slice::from_raw_parts_mut(excess_of(product), nr).fill(0.0) };
             }
-            // SAFETY: this thread's own memory, which `sizes` counted.
-            unsafe { panels.pack(s, right + column, row + first, count, spare.add(i * count * nr)) };
         }
         let mut terms = Vec::new();
-        for (product, sum) in blocks.sums.iter().enumerate() {
-            terms.clear();
-            terms.extend(sum.iter().map(|&(i, f)| (spare.wrapping_add(i * count * nr).cast_const(), f)));
-            let at = (product * scheme.k + k0) * width + column * kc + (first - k0) * nr;
-            // SAFETY: the terms were packed just now; this place among the panels, which `sizes` counted, is this task's.
-            unsafe { add_up(s, &terms, count * nr, dst.add(at)) };
+        for first in (0..kc).step_by(SLICE) {
+            let count = SLICE.min(kc - first);
+            for (i, [row, right]) in blocks.places.iter().enumerate() {
+                // Rows of the block that comes next, which are short pieces far apart.
+                let (next_row, next_right, from) = match blocks.places.get(i + 1) {
+                    Some(&[row, right]) => (row, right, k0 + first),
+                    None => (blocks.places[0][0], blocks.places[0][1], k0 + first + count),
+                };
+                let (base, rows, stride, bytes) = panels.stored(next_right + column, next_row + from, count);
+                for r in 0..rows.min(nr) {
+                    for line in (0..bytes).step_by(64) {
+                        s.prefetch(base.wrapping_add(r * stride + line));
+                    }
+                }
+                let to = spare.wrapping_add(i * count * nr);
+                // SAFETY: this thread's own memory, which `sizes` counted.
+                unsafe { panels.pack(s, right + column, row + k0 + first, count, to) };
+            }
+            for (product, sum) in blocks.sums.iter().enumerate() {
+                for from in (0..nr).step_by(part) {
+                    terms.clear();
+                    terms.extend(
+                        sum.iter().map(|&(i, f)| {
+                            (spare.wrapping_add(i * count * nr + from).cast_const(), f * scale)
+                        }),
+                    );
+                    let at = (product * scheme.k + k0) * width + (column + from) * kc + first * part;
+                    // SAFETY: the terms were packed just now; this place among the panels, which `sizes` counted, is this
+                    // task's, and so are these columns.
+                    unsafe {
+                        let to = dst.add(at);
+                        if part == nr {
+                            add_up(s, &terms, [1, count * nr, 0], to);
+                        } else {
+                            add_up(s, &terms, [count, part, nr], to);
+                        }
+                        if scheme.pairs {
+                            add_excess_of_columns(s, to, count, excess_of(product).add(from));
+                        }
+                    }
+                }
+            }
         }
     }
 }
 
 /// The blocks of the right operand, by first row and column, and what each product sums: a block's number and its factor.
 struct Blocks {
+    /// Steps of each.
+    k: usize,
     places: Vec<[usize; 2]>,
     sums: Vec<Vec<(usize, f32)>>,
 }
@@ -296,30 +430,35 @@ impl Blocks {
             (at, t.factor)
         };
         let sums = scheme.products.iter().map(|p| p.b.iter().map(&mut number).collect()).collect();
-        Blocks { places, sums }
+        Blocks { k: scheme.k, places, sums }
     }
 }
 
-/// `dst[i]` is the sum of all terms' `src[i] * factor`.
+/// `dst[r * n + i]` is the sum of all terms' `src[r * stride + i] * factor`, for `size` rows, `n` and `stride`.
 ///
 /// # Safety
-/// `n` floats at each term's source and at `dst`.
+/// So many floats at each term's source and at `dst`.
 #[inline(always)]
-unsafe fn add_up<S: Simd>(s: S, terms: &[(*const f32, f32)], n: usize, dst: *mut f32) {
+unsafe fn add_up<S: Simd>(s: S, terms: &[(*const f32, f32)], size: [usize; 3], dst: *mut f32) {
     // SAFETY: the caller's promise.
     unsafe {
         match terms.len() {
-            1 => add_up_of::<S, 1>(s, terms, n, dst),
-            2 => add_up_of::<S, 2>(s, terms, n, dst),
-            4 => add_up_of::<S, 4>(s, terms, n, dst),
+            1 => add_up_of::<S, 1>(s, terms, size, dst),
+            2 => add_up_of::<S, 2>(s, terms, size, dst),
+            4 => add_up_of::<S, 4>(s, terms, size, dst),
             _ => {
-                let mut so_far = None;
-                for &term in terms {
-                    match so_far {
-                        None => add_up_of::<S, 1>(s, &[term], n, dst),
-                        Some(sum) => add_up_of::<S, 2>(s, &[(sum, 1.0), term], n, dst),
+                let [rows, n, stride] = size;
+                for r in 0..rows {
+                    let dst = dst.add(r * n);
+                    let mut so_far = None;
+                    for &(src, factor) in terms {
+                        let term = (src.wrapping_add(r * stride), factor);
+                        match so_far {
+                            None => add_up_of::<S, 1>(s, &[term], [1, n, 0], dst),
+                            Some(sum) => add_up_of::<S, 2>(s, &[(sum, 1.0), term], [1, n, 0], dst),
+                        }
+                        so_far = Some(dst.cast_const());
                     }
-                    so_far = Some(dst.cast_const());
                 }
             }
         }
@@ -331,25 +470,34 @@ unsafe fn add_up<S: Simd>(s: S, terms: &[(*const f32, f32)], n: usize, dst: *mut
 /// # Safety
 /// As for [`add_up`].
 #[inline(always)]
-unsafe fn add_up_of<S: Simd, const N: usize>(s: S, terms: &[(*const f32, f32)], n: usize, dst: *mut f32) {
+unsafe fn add_up_of<S: Simd, const N: usize>(
+    s: S,
+    terms: &[(*const f32, f32)],
+    [rows, n, stride]: [usize; 3],
+    dst: *mut f32,
+) {
     let Some(&terms) = terms.first_chunk::<N>() else { return };
     let factors = terms.map(|(_, factor)| s.splat(factor));
     let whole = n / S::WIDTH * S::WIDTH;
-    // SAFETY: the caller's promise.
-    unsafe {
-        for at in (0..whole).step_by(S::WIDTH) {
-            let mut sum = s.mul(s.load(terms[0].0.add(at)), factors[0]);
-            for i in 1..N {
-                sum = s.fma(s.load(terms[i].0.add(at)), factors[i], sum);
+    for r in 0..rows {
+        let sources = terms.map(|(src, _)| src.wrapping_add(r * stride));
+        // SAFETY: the caller's promise.
+        unsafe {
+            let dst = dst.add(r * n);
+            for at in (0..whole).step_by(S::WIDTH) {
+                let mut sum = s.mul(s.load(sources[0].add(at)), factors[0]);
+                for i in 1..N {
+                    sum = s.fma(s.load(sources[i].add(at)), factors[i], sum);
+                }
+                s.store(dst.add(at), sum);
             }
-            s.store(dst.add(at), sum);
-        }
-        if whole < n {
-            let mut sum = s.splat(0.0);
-            for i in 0..N {
-                sum = s.fma(s.load_n(terms[i].0.add(whole), n - whole), factors[i], sum);
+            if whole < n {
+                let mut sum = s.splat(0.0);
+                for i in 0..N {
+                    sum = s.fma(s.load_n(sources[i].add(whole), n - whole), factors[i], sum);
+                }
+                s.store_n(dst.add(whole), n - whole, sum);
             }
-            s.store_n(dst.add(whole), n - whole, sum);
         }
     }
 }
@@ -360,6 +508,8 @@ struct Block<'a, F> {
     x: &'a [f32],
     x_stride: usize,
     x_rows: usize,
+    /// Factor of all rows.
+    scale: f32,
     m: usize,
     positions: std::ops::Range<usize>,
     b: *const f32,
@@ -367,6 +517,9 @@ struct Block<'a, F> {
     columns: usize,
     /// `[position][row_stride]`
     rows: *mut f32,
+    /// What rows and columns have too much in products of pairs, negated: of these rows, and of the columns of all panels
+    /// as [`PackSums`] has it.
+    excess: [*mut f32; 2],
     /// `[result][panel][position][NR]`
     sums: *mut f32,
     finish: &'a F,
@@ -376,10 +529,10 @@ impl<F: Finish> Kernel for Block<'_, F> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        if self.scheme.row_stride() == KC[1] {
-            self.multiply::<S, { KC[1] }>(s);
+        if self.scheme.row_stride() == ROW[1] {
+            self.multiply::<S, { ROW[1] }>(s);
         } else {
-            self.multiply::<S, { KC[0] }>(s);
+            self.multiply::<S, { ROW[0] }>(s);
         }
         let Block { scheme, column, columns, sums, .. } = self;
         let (count, nr) = (self.positions.len(), panel_columns(S::WIDTH));
@@ -406,14 +559,17 @@ impl<F: Finish> Block<'_, F> {
     /// Makes the sums; packed rows are `STRIDE` floats apart.
     #[inline(always)]
     fn multiply<S: Simd, const STRIDE: usize>(&self, s: S) {
-        let Block { scheme, column, columns, rows, sums, .. } = *self;
-        let nr = panel_columns(S::WIDTH);
+        let Block { scheme, column, columns, rows, excess, sums, .. } = *self;
+        let (nr, part) = (panel_columns(S::WIDTH), scheme.tile_columns(S::WIDTH));
         let width = scheme.n.next_multiple_of(nr);
         let count = self.positions.len();
-        let tiles = Tiles::new(count, S::WIDTH);
+        let most = if scheme.pairs { pair_rows(S::WIDTH) } else { tile_rows(S::WIDTH) };
+        let tiles = Tiles::of(count, most);
+        let parts = columns.min(scheme.n - column).div_ceil(part);
         let mut into = Vec::with_capacity(scheme.results.len());
         // The same steps of all products follow one another, so that their rows of `x` stay in the second-level cache.
-        for k0 in (0..scheme.k).step_by(scheme.steps()) {
+        for chunk in 0..scheme.chunks() {
+            let k0 = chunk * scheme.steps();
             let kc = scheme.steps().min(scheme.k - k0);
             let mut begun = vec![k0 > 0; scheme.results.len()];
             for (i, product) in scheme.products.iter().enumerate() {
@@ -423,28 +579,39 @@ impl<F: Finish> Block<'_, F> {
                     None if k0 + kc < scheme.k => Soon::rows(self, &scheme.products[0], k0 + kc, kc),
                     None => Soon::results(self),
                 };
-                let calls = columns / nr * tiles.count;
+                let calls = parts * tiles.count;
                 let b_of = |i: usize| self.b.wrapping_add((i * scheme.k + k0) * width + column * kc);
-                for panel in (0..columns).step_by(nr) {
+                let of_columns = excess[1].wrapping_add((i * scheme.chunks() + chunk) * width + column);
+                for p in 0..parts {
                     // Each tile asks for its share of the panel that comes next.
-                    let b = b_of(i).wrapping_add(panel * kc);
-                    let next = if panel + nr < columns { b.wrapping_add(kc * nr) } else { b_of(i + 1) };
-                    let lines = (kc * nr / 16).div_ceil(tiles.count);
+                    let b = b_of(i).wrapping_add(p * part * kc);
+                    let next = if p + 1 < parts { b.wrapping_add(kc * part) } else { b_of(i + 1) };
+                    let lines = (kc * part / 16).div_ceil(tiles.count);
+                    let place = p * part / nr * nr * count + p * part % nr;
                     for t in 0..tiles.count {
                         let start = tiles.start(t);
                         let mr = tiles.start(t + 1) - start;
                         into.clear();
                         into.extend(product.y.iter().map(|&(result, factor)| Into {
-                            c: sums.wrapping_add(result * count * columns + panel * count + start * nr),
+                            c: sums.wrapping_add(result * count * columns + place + start * nr),
                             factor,
                             first: !begun[result],
                         }));
                         let next = Lines::run(next.wrapping_add(t * lines * 16).cast());
-                        let (other, others) = soon.part(panel / nr * tiles.count + t, calls);
-                        let ahead = Ahead { both: [next, other], lines: lines.max(others) };
+                        let (other, others) = soon.part(p * tiles.count + t, calls);
+                        let lines = if scheme.pairs { others } else { lines.max(others) };
+                        let ahead = Ahead { both: [next, other], lines };
                         let a = rows.wrapping_add(start * STRIDE);
+                        let tile = Tile { mr, k: kc, a, b, into: &into, stride: nr, ahead };
                         // SAFETY: rows were packed just now, and the panels before; results lie in this thread's sums.
-                        unsafe { s.tile::<STRIDE>(Tile { mr, k: kc, a, b, into: &into, stride: nr, ahead }) };
+                        unsafe {
+                            if scheme.pairs {
+                                let of_rows = excess[0].wrapping_add(start).cast_const();
+                                run_pairs::<S, STRIDE>(s, tile, [of_rows, of_columns.wrapping_add(p * part)]);
+                            } else {
+                                run_tile::<S, STRIDE>(s, tile);
+                            }
+                        }
                     }
                 }
                 for (result, _) in &product.y {
@@ -462,10 +629,18 @@ impl<F: Finish> Block<'_, F> {
             terms.clear();
             terms.extend(product.x.iter().map(|term| {
                 let row = (position * self.scheme.x_step + term.row).min(self.x_rows - 1);
-                (self.x[row * self.x_stride + term.column + k0..][..kc].as_ptr(), term.factor)
+                let from = self.x[row * self.x_stride + term.column + k0..][..kc].as_ptr();
+                (from, term.factor * self.scale)
             }));
-            // SAFETY: `kc` floats of `x`, as just checked, and of this position's packed row.
-            unsafe { add_up(s, &terms, kc, self.rows.add(p * self.scheme.row_stride())) };
+            // SAFETY: `kc` floats of `x`, as just checked, and of this position's packed row, behind which there is room.
+            unsafe {
+                let row = self.rows.add(p * self.scheme.row_stride());
+                add_up(s, &terms, [1, kc, 0], row);
+                if self.scheme.pairs {
+                    *row.add(kc) = 0.0;
+                    *self.excess[0].add(p) = excess_of_row(s, row, kc);
+                }
+            }
         }
     }
 }

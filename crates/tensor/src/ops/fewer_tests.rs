@@ -16,8 +16,13 @@ fn integers(n: usize, seed: u64) -> Vec<f32> {
     values(n, seed).iter().map(|v| (v * 8.0).round()).collect()
 }
 
-/// `x: [m, k]` times `w: [n, k]` by a scheme, against the twin.
-fn compare(scheme: &Scheme, [m, k, n]: [usize; 3]) -> Result<(), String> {
+/// `x: [m, k]` times `w: [n, k]` by a scheme, with pairs of steps and without, against the twin.
+fn compare(scheme: &Scheme, size: [usize; 3]) -> Result<(), String> {
+    compare_as_it_is(&scheme.clone().with_pairs(true), size)?;
+    compare_as_it_is(scheme, size)
+}
+
+fn compare_as_it_is(scheme: &Scheme, [m, k, n]: [usize; 3]) -> Result<(), String> {
     let (x, w) = (integers(m * k, 1), integers(n * k, 2));
     let parts = [Part { weight: Weight::F32(&w), rows: n, bias: None }];
     let mut wanted = vec![0.0; m * n];
@@ -75,7 +80,8 @@ fn three_taps_two_frames_apart_need_seven_products_of_nine() {
         let mut wanted = vec![0.0; out * outputs];
         conv_frames_twin(&conv, &x, weight, None, FrameNorm::None, Epilogue::None, &mut wanted).unwrap();
         let seven = Scheme::three_taps(channels, outputs);
-        for scheme in [seven.clone(), seven.strassen()] {
+        let pairs = seven.clone().with_pairs(true);
+        for scheme in [seven.clone(), seven.strassen(), pairs.clone(), pairs.strassen()] {
             check(&format!("{conv:?}"), &wanted, EXACT, &|cpu, y| {
                 linear_by(cpu, &scheme, (&x, channels), [out, k], &parts, Epilogue::None, y)
             });
@@ -93,7 +99,7 @@ fn linear_layers_with_fewer_products_match_their_twin() {
         Part { weight: Weight::F32(first), rows: 100, bias: None },
         Part { weight: Weight::F32(second), rows: 220, bias: Some(&bias[..220]) },
     ];
-    assert!(Scheme::for_linear([m, k, n]).is_some());
+    assert!(Scheme::for_linear(&Cpu::new(1).unwrap(), [m, k, n]).is_some());
     for epilogue in [Epilogue::None, Epilogue::Gelu, Epilogue::SwiGlu] {
         let outputs = if epilogue == Epilogue::SwiGlu { n / 2 } else { n };
         let mut wanted = vec![0.0; m * outputs];
@@ -106,6 +112,29 @@ fn linear_layers_with_fewer_products_match_their_twin() {
     let mut wanted = vec![0.0; m * 3];
     linear_twin(&x, m, k, &small, Epilogue::None, &mut wanted).unwrap();
     check("too narrow", &wanted, CLOSE, &|cpu, y| linear_fewer(cpu, &x, m, k, &small, Epilogue::None, y));
+}
+
+#[test]
+fn pairs_of_steps_err_no_more_where_magnitudes_are_far_apart() {
+    let [m, k, n] = [70, 256, 256];
+    let (x, w) = (values(m * k, 5), values(n * k, 6));
+    let scheme = Scheme::plain(k, n).strassen().with_pairs(true);
+    let multiply = |cpu: &Cpu, x: &[f32], w: &[f32]| {
+        let mut y = vec![0.0; m * n];
+        let parts = [Part { weight: Weight::F32(w), rows: n, bias: None }];
+        linear_by(cpu, &scheme, (x, k), [m, k], &parts, Epilogue::None, &mut y).unwrap();
+        y
+    };
+    let scaled = |v: &[f32], by: f32| v.iter().map(|v| v * by).collect::<Vec<_>>();
+    for isa in Isa::available() {
+        let cpu = Cpu::with_isa(isa, 2).unwrap();
+        // Powers of two are made up for exactly: not one bit differs. By less than a balance sees, errors differ.
+        let wanted = multiply(&cpu, &x, &w);
+        assert!(multiply(&cpu, &scaled(&x, 1024.0), &scaled(&w, 1.0 / 1024.0)) == wanted, "{isa}");
+        assert!(multiply(&cpu, &scaled(&x, 0.75), &scaled(&w, 1.0 / 0.75)) != wanted, "{isa}");
+        let threads = Cpu::with_isa(isa, 1).unwrap();
+        assert!(multiply(&threads, &x, &w) == wanted, "{isa}: one thread");
+    }
 }
 
 #[test]
@@ -138,7 +167,7 @@ fn convolutions_with_fewer_products_match_their_twin_within_declared_scratch() {
             assert_eq!(conv_frames_fewer_scratch_bytes(&cpu, &plain), 0);
             let size = [150, 256, 256];
             let linear = linear_fewer_scratch_bytes(&cpu, size);
-            assert!(linear >= 4 * Scheme::for_linear(size).unwrap().scratch_floats(&cpu));
+            assert!(linear >= 4 * Scheme::for_linear(&cpu, size).unwrap().scratch_floats(&cpu));
         }
     }
 }

@@ -21,6 +21,7 @@ mod kv;
 mod linear;
 mod matmul;
 mod norm;
+pub(crate) mod pairs;
 mod permute;
 mod rope;
 mod sample;

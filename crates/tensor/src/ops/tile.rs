@@ -36,7 +36,12 @@ pub(crate) struct Tiles {
 
 impl Tiles {
     pub(crate) fn new(rows: usize, width: usize) -> Tiles {
-        Tiles { rows, count: rows.div_ceil(tile_rows(width)) }
+        Tiles::of(rows, tile_rows(width))
+    }
+
+    /// Tiles of at most `most` rows.
+    pub(crate) fn of(rows: usize, most: usize) -> Tiles {
+        Tiles { rows, count: rows.div_ceil(most) }
     }
 
     /// First row of tile `i`; for `i == count` (and beyond, in proportion) the number of rows.
@@ -83,7 +88,6 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     // SAFETY: every address below is an element that the caller promised.
     unsafe {
         // Sums are asked for in the last steps, a row in each: a long panel passes through the first-level cache before.
-        let row_lines = (NV * S::WIDTH).div_ceil(16);
         let late = (into.len() * MR).min(k);
         let asked = ahead.lines.min(k - late);
         for p in 0..asked {
@@ -93,22 +97,30 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
         for p in asked..k - late {
             step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
-        let mut p = k - late;
-        'late: for to in into {
-            for i in 0..MR {
-                if p == k {
-                    break 'late;
-                }
-                for j in 0..row_lines {
-                    s.prefetch_near(to.c.wrapping_add(i * stride + j * 16).cast());
-                }
-                if p < ahead.lines {
-                    ahead.ask(s, p);
-                }
-                step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
-                p += 1;
+        for p in k - late..k {
+            ask_for_sums::<S, MR, NV>(s, into, stride, p - (k - late));
+            if p < ahead.lines {
+                ahead.ask(s, p);
             }
+            step::<S, MR, NV, A_STRIDE>(s, p, a, b, &mut sums);
         }
+        write_back(s, &sums, into, stride);
+    }
+}
+
+/// Adds a tile to all its sums, or begins them with it.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+pub(super) unsafe fn write_back<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    sums: &[[S::V; NV]; MR],
+    into: &[Into],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
         for to in into {
             // Signs and plain stores leave the units of multiply-adds to the next tile.
             macro_rules! each {
@@ -137,12 +149,27 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>
     }
 }
 
+/// Asks for row `row` of all rows of all sums, if there is one.
+#[inline(always)]
+pub(super) fn ask_for_sums<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    into: &[Into],
+    stride: usize,
+    row: usize,
+) {
+    if let Some(to) = into.get(row / MR) {
+        for line in 0..(NV * S::WIDTH).div_ceil(16) {
+            s.prefetch_near(to.c.wrapping_add(row % MR * stride + line * 16).cast());
+        }
+    }
+}
+
 /// One step of a tile: `sums[i, j] += a[i, p] * b[p, j]`.
 ///
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn step<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>(
+pub(super) unsafe fn step<S: Simd, const MR: usize, const NV: usize, const A_STRIDE: usize>(
     s: S,
     p: usize,
     a: *const f32,
@@ -218,7 +245,7 @@ impl Ahead {
     }
 
     #[inline(always)]
-    fn ask<S: Simd>(&self, s: S, line: usize) {
+    pub(super) fn ask<S: Simd>(&self, s: S, line: usize) {
         s.prefetch(self.both[0].address(line));
         s.prefetch(self.both[1].address(line));
     }
@@ -262,26 +289,37 @@ pub(crate) struct Tile<'a> {
     pub(crate) ahead: Ahead,
 }
 
-/// One tile of `mr` rows, see [`tile`]. Not inlined by the instruction sets, so that each has one copy.
+/// A tile as a kernel, so that there is one copy of it for each instruction set.
+struct Call<'a, const A_STRIDE: usize>(Tile<'a>);
+
+impl<const A_STRIDE: usize> Kernel for Call<'_, A_STRIDE> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Tile { mr, k, a, b, into, stride, ahead } = self.0;
+        // SAFETY: the promise of `run_tile`'s caller, where alone these are made.
+        unsafe {
+            match S::WIDTH {
+                16 => {
+                    for_mr!(mr, 4, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6])
+                }
+                8 => for_mr!(mr, 2, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6]),
+                4 => {
+                    for_mr!(mr, 2, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6 7 8 9 10 11 12])
+                }
+                _ => for_mr!(mr, 4, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4]),
+            }
+        }
+    }
+}
+
+/// One tile of `mr` rows, see [`tile`].
 ///
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-pub(crate) unsafe fn tile_of<S: Simd, const A_STRIDE: usize>(s: S, t: Tile<'_>) {
-    let Tile { mr, k, a, b, into, stride, ahead } = t;
-    // SAFETY: the caller's promise.
-    unsafe {
-        match S::WIDTH {
-            16 => {
-                for_mr!(mr, 4, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6])
-            }
-            8 => for_mr!(mr, 2, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6]),
-            4 => {
-                for_mr!(mr, 2, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4 5 6 7 8 9 10 11 12])
-            }
-            _ => for_mr!(mr, 4, A_STRIDE, (s, k, a, b, into, stride, ahead), [1 2 3 4]),
-        }
-    }
+pub(crate) unsafe fn run_tile<S: Simd, const A_STRIDE: usize>(s: S, t: Tile<'_>) {
+    s.call(Call::<A_STRIDE>(t));
 }
 
 /// All tiles of packed rows times all panels of a chunk: `c[i, :] (+)= a[i, :] b`.
@@ -358,7 +396,7 @@ impl Kernel for &Block {
                     // SAFETY: who made the block promises that its operands lie inside their buffers.
                     unsafe {
                         let (k, stride, into) = (self.k, self.c_stride, &[Into::sums(c, self.first)]);
-                        s.tile::<PACKED>(Tile { mr, k, a, b, into, stride, ahead });
+                        run_tile::<S, PACKED>(s, Tile { mr, k, a, b, into, stride, ahead });
                     }
                 }
             }

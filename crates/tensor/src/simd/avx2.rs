@@ -5,7 +5,6 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::{Element, Kernel, Simd};
-use crate::ops::tile::{Tile, tile_of};
 
 /// Proof that the machine has the features of [`enter`].
 #[derive(Clone, Copy)]
@@ -25,15 +24,11 @@ fn mask(n: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(BITS.as_ptr().add(8 - n.min(8)).cast()) }
 }
 
-/// One copy of the tiles for all kernels.
-///
-/// # Safety
-/// As for [`tile_of`].
+/// As [`enter`], one copy for all callers.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const A_STRIDE: usize>(t: Tile<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { tile_of::<Avx2, A_STRIDE>(Avx2(()), t) }
+fn call<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx2(()))
 }
 
 impl Simd for Avx2 {
@@ -218,9 +213,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
-        // SAFETY: `self` proves the features; the caller promises the operands.
-        unsafe { tile::<A_STRIDE>(t) }
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves the features.
+        unsafe { call(kernel) }
     }
 
     #[inline(always)]

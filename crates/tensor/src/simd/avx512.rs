@@ -1,11 +1,12 @@
 //! Sixteen lanes: AVX-512 F, BW, DQ, VL.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
 use super::{Element, Kernel, Simd};
-use crate::ops::tile::{Tile, tile_of};
+use crate::ops::pairs;
 
 /// Proof that the machine has the features of [`enter`].
 #[derive(Clone, Copy)]
@@ -23,15 +24,165 @@ fn mask(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
 }
 
-/// One copy of the tiles for all kernels.
-///
-/// # Safety
-/// As for [`tile_of`].
+/// As [`enter`], one copy for all callers.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn tile<const A_STRIDE: usize>(t: Tile<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { tile_of::<Avx512, A_STRIDE>(Avx512(()), t) }
+fn call<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+/// Three steps of a row for both vectors of a panel: steps `$p` of the row at `$at`, which begin and end at the given bytes.
+macro_rules! row {
+    ($sum:literal, $fma:literal, [$p0:literal $p1:literal $p2:literal], $at:literal, $s0:literal, $s1:literal) => {
+        concat!(
+            $sum,
+            " zmm30, zmm26, dword ptr [",
+            $at,
+            " + ",
+            $p0,
+            "]{{1to16}}\n",
+            $sum,
+            " zmm31, zmm24, dword ptr [",
+            $at,
+            " + ",
+            $p1,
+            "]{{1to16}}\n",
+            "vfmadd231ps {",
+            $s0,
+            "}, zmm28, dword ptr [",
+            $at,
+            " + ",
+            $p2,
+            "]{{1to16}}\n",
+            $fma,
+            " {",
+            $s0,
+            "}, zmm30, zmm31\n",
+            $sum,
+            " zmm30, zmm27, dword ptr [",
+            $at,
+            " + ",
+            $p0,
+            "]{{1to16}}\n",
+            $sum,
+            " zmm31, zmm25, dword ptr [",
+            $at,
+            " + ",
+            $p1,
+            "]{{1to16}}\n",
+            "vfmadd231ps {",
+            $s1,
+            "}, zmm29, dword ptr [",
+            $at,
+            " + ",
+            $p2,
+            "]{{1to16}}\n",
+            $fma,
+            " {",
+            $s1,
+            "}, zmm30, zmm31\n",
+        )
+    };
+}
+
+/// The rows of [`six_steps`]: each row's number, its address and the names of its sums.
+macro_rules! rows {
+    ($sums:ident, $a:ident, $stride:expr, $b:ident, $groups:ident, $soon:ident, [$($i:literal $at:literal $s0:ident $n0:literal $s1:ident $n1:literal),*]) => {
+        asm!(
+            "2:",
+            "vmovups zmm24, zmmword ptr [{b}]",
+            "vmovups zmm25, zmmword ptr [{b} + 64]",
+            "vmovups zmm26, zmmword ptr [{b} + 128]",
+            "vmovups zmm27, zmmword ptr [{b} + 192]",
+            "vmovups zmm28, zmmword ptr [{b} + 256]",
+            "vmovups zmm29, zmmword ptr [{b} + 320]",
+            "prefetcht1 [{soon}]",
+            $(row!("vaddps", "vfmadd231ps", [0 4 8], $at, $n0, $n1),)*
+            "prefetcht1 [{soon} + 64]",
+            "vmovups zmm24, zmmword ptr [{b} + 384]",
+            "vmovups zmm25, zmmword ptr [{b} + 448]",
+            "vmovups zmm26, zmmword ptr [{b} + 512]",
+            "vmovups zmm27, zmmword ptr [{b} + 576]",
+            "vmovups zmm28, zmmword ptr [{b} + 640]",
+            "vmovups zmm29, zmmword ptr [{b} + 704]",
+            "prefetcht1 [{soon} + 128]",
+            $(row!("vsubps", "vfnmadd231ps", [12 16 20], $at, $n0, $n1),)*
+            "prefetcht1 [{soon} + 192]",
+            "add {a0}, 24",
+            "add {a3}, 24",
+            "add {a6}, 24",
+            "add {a9}, 24",
+            "add {b}, 768",
+            "add {soon}, 256",
+            "dec {groups}",
+            "jnz 2b",
+            "/* {r} */",
+            b = inout(reg) $b => _,
+            a0 = inout(reg) $a => _,
+            a3 = inout(reg) $a.wrapping_add(3 * $stride) => _,
+            a6 = inout(reg) $a.wrapping_add(6 * $stride) => _,
+            a9 = inout(reg) $a.wrapping_add(9 * $stride) => _,
+            soon = inout(reg) $soon => _,
+            groups = inout(reg) $groups => _,
+            r = in(reg) 4 * $stride,
+            $($s0 = inout(zmm_reg) $sums[$i][0], $s1 = inout(zmm_reg) $sums[$i][1],)*
+            out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
+            out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
+            options(readonly, nostack)
+        )
+    };
+}
+
+/// Calls [`rows`] for the first so many rows.
+macro_rules! first_rows {
+    ($macro:ident, $mr:expr, $args:tt, $otherwise:expr) => {
+        first_rows!(@ $macro, $mr, $args, $otherwise, [
+            0 "{a0}" s00 "s00" s01 "s01", 1 "{a0} + {r}" s10 "s10" s11 "s11", 2 "{a0} + 2*{r}" s20 "s20" s21 "s21",
+            3 "{a3}" s30 "s30" s31 "s31", 4 "{a3} + {r}" s40 "s40" s41 "s41", 5 "{a3} + 2*{r}" s50 "s50" s51 "s51",
+            6 "{a6}" s60 "s60" s61 "s61", 7 "{a6} + {r}" s70 "s70" s71 "s71"],
+            [8 "{a6} + 2*{r}" s80 "s80" s81 "s81"], [9 "{a9}" s90 "s90" s91 "s91"],
+            [10 "{a9} + {r}" s100 "s100" s101 "s101"], [11 "{a9} + 2*{r}" s110 "s110" s111 "s111"])
+    };
+    (@ $macro:ident, $mr:expr, ($($args:tt)*), $otherwise:expr,
+        [$($r:tt)*], [$($r9:tt)*], [$($r10:tt)*], [$($r11:tt)*], [$($r12:tt)*]) => {
+        match $mr {
+            8 => $macro!($($args)*, [$($r)*]),
+            9 => $macro!($($args)*, [$($r)*, $($r9)*]),
+            10 => $macro!($($args)*, [$($r)*, $($r9)*, $($r10)*]),
+            11 => $macro!($($args)*, [$($r)*, $($r9)*, $($r10)*, $($r11)*]),
+            12 => $macro!($($args)*, [$($r)*, $($r9)*, $($r10)*, $($r11)*, $($r12)*]),
+            _ => $otherwise,
+        }
+    };
+}
+
+/// [`Simd::six_steps`] for 8 to 12 rows. A broadcast that is part of an addition or a multiply-add takes no turn in their
+/// units, as one of its own does; compilers make one of its own for both vectors.
+///
+/// # Safety
+/// As for [`Simd::six_steps`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn six_steps<const MR: usize, const A_STRIDE: usize>(
+    groups: usize,
+    a: *const f32,
+    b: *const f32,
+    soon: *const u8,
+    sums: &mut [[__m512; 2]; MR],
+) {
+    if groups == 0 {
+        return;
+    }
+    // SAFETY: the caller promises the rows and the panel; nothing else is read, nothing is written, and the features are
+    // those of this function.
+    unsafe {
+        first_rows!(
+            rows,
+            MR,
+            (sums, a, A_STRIDE, b, groups, soon),
+            pairs::six_steps(Avx512(()), groups, [a, b], A_STRIDE, sums)
+        )
+    }
 }
 
 impl Simd for Avx512 {
@@ -239,9 +390,22 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves the features.
+        unsafe { call(kernel) }
+    }
+
+    #[inline(always)]
+    unsafe fn six_steps<const MR: usize, const A_STRIDE: usize>(
+        self,
+        groups: usize,
+        a: *const f32,
+        b: *const f32,
+        soon: *const u8,
+        sums: &mut [[__m512; 2]; MR],
+    ) {
         // SAFETY: `self` proves the features; the caller promises the operands.
-        unsafe { tile::<A_STRIDE>(t) }
+        unsafe { six_steps::<MR, A_STRIDE>(groups, a, b, soon, sums) }
     }
 
     #[inline(always)]

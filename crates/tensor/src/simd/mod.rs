@@ -11,7 +11,7 @@ use std::fmt;
 
 use half::{bf16, f16};
 
-use crate::ops::tile::Tile;
+use crate::ops::pairs;
 
 pub(crate) mod dot;
 pub(crate) mod math;
@@ -92,6 +92,20 @@ impl Isa {
             Isa::Avx512 => 16,
             Isa::Neon | Isa::NeonI8mm => 4,
         }
+    }
+
+    /// Whether additions of vectors run in units of their own beside those of multiply-adds, one for one, as in AMD's Zen.
+    /// Where both share their units, an addition costs as much as a multiply-add.
+    pub(crate) fn adds_beside_products(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Isa::Avx512 {
+            static AMD: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+                let id = std::arch::x86_64::__cpuid(0);
+                [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
+            });
+            return *AMD;
+        }
+        false
     }
 
     /// Runs work as compiled for this instruction set, or for the target's baseline where the machine lacks it.
@@ -270,10 +284,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         }
     }
 
-    /// One tile of a matrix product, [`tile_of`](crate::ops::tile::tile_of), as a call.
+    /// Runs a kernel as a call instead of inlining it: one copy for all its callers.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
+
+    /// [`pairs::six_steps`], which asks for [`pairs::SOON`] lines at `soon` in each group meanwhile, into the second-level
+    /// cache.
     /// # Safety
-    /// As for `tile_of`.
-    unsafe fn tile<const A_STRIDE: usize>(self, tile: Tile<'_>);
+    /// As for that.
+    #[inline(always)]
+    unsafe fn six_steps<const MR: usize, const A_STRIDE: usize>(
+        self,
+        groups: usize,
+        a: *const f32,
+        b: *const f32,
+        _soon: *const u8,
+        sums: &mut [[Self::V; pairs::VECTORS]; MR],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { pairs::six_steps(self, groups, [a, b], A_STRIDE, sums) }
+    }
 
     /// The first `WIDTH` floats of `x`; zeros where it is shorter.
     #[inline(always)]

@@ -5,7 +5,6 @@ use std::arch::aarch64::*;
 use half::{bf16, f16};
 
 use super::{Element, Kernel, Simd};
-use crate::ops::tile::{Tile, tile_of};
 
 /// Proof that the machine has NEON.
 #[derive(Clone, Copy)]
@@ -17,15 +16,11 @@ pub(super) fn enter<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Neon(()))
 }
 
-/// One copy of the tiles for all kernels.
-///
-/// # Safety
-/// As for [`tile_of`].
+/// As [`enter`], one copy for all callers.
 #[inline(never)]
 #[target_feature(enable = "neon")]
-unsafe fn tile<const A_STRIDE: usize>(t: Tile<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { tile_of::<Neon, A_STRIDE>(Neon(()), t) }
+fn call<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Neon(()))
 }
 
 impl Simd for Neon {
@@ -218,9 +213,9 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
-        // SAFETY: `self` proves the features; the caller promises the operands.
-        unsafe { tile::<A_STRIDE>(t) }
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves the features.
+        unsafe { call(kernel) }
     }
 
     #[inline(always)]

@@ -2,8 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Element, Simd, scale2_scalar};
-use crate::ops::tile::{Tile, tile_of};
+use super::{Element, Kernel, Simd, scale2_scalar};
 
 /// The scalar instruction set.
 #[derive(Clone, Copy)]
@@ -130,9 +129,9 @@ impl Simd for Scalar {
         // SAFETY: the caller's promise.
         unsafe { dst.write_unaligned(src.read_unaligned().widen()) }
     }
-    unsafe fn tile<const A_STRIDE: usize>(self, t: Tile<'_>) {
-        // SAFETY: the caller's promise.
-        unsafe { tile_of::<Scalar, A_STRIDE>(self, t) }
+    #[inline(never)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}

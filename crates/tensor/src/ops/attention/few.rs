@@ -12,7 +12,7 @@ use super::flash::{Heads, MAX_SPLITS, Task, divide, join, pack_values};
 use super::{Attention, Mask};
 use crate::ops::SharedMut;
 use crate::ops::kv::{USUAL, widen};
-use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, panel_columns};
+use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, panel_columns, run_tile};
 use crate::simd::{Kernel, Simd, math};
 use crate::{Cpu, KvFormat, Result};
 
@@ -216,15 +216,18 @@ impl Run<'_> {
                         let (a, b) = (scores.add(t * R * BK), v.add(panel * nr * count));
                         let c = sums.add(t * R * padded + panel * nr);
                         let ahead = soon.ahead(panel * tiles + t, panels * tiles);
-                        s.tile::<PACKED>(Tile {
-                            mr: R,
-                            k: count,
-                            a,
-                            b,
-                            into: &[Into::sums(c, false)],
-                            stride: padded,
-                            ahead,
-                        });
+                        run_tile::<S, PACKED>(
+                            s,
+                            Tile {
+                                mr: R,
+                                k: count,
+                                a,
+                                b,
+                                into: &[Into::sums(c, false)],
+                                stride: padded,
+                                ahead,
+                            },
+                        );
                     }
                 }
                 key = next;

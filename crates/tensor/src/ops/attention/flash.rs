@@ -9,7 +9,7 @@
 
 use super::{Attention, Mask};
 use crate::ops::kv::widen;
-use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, Tiles, panel_columns, tile_rows};
+use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, Tiles, panel_columns, run_tile, tile_rows};
 use crate::ops::{GRAIN, SharedMut};
 use crate::simd::{Element, Kernel, Simd, math};
 use crate::{Cpu, KvFormat, KvRows, Result};
@@ -250,15 +250,10 @@ impl Kernel for Run<'_> {
                             q.add(start * d),
                             soon.part(soon.keys, t * panels + panel, tiles.count * panels),
                         );
-                        s.tile::<PACKED>(Tile {
-                            mr,
-                            k: d,
-                            a,
-                            b,
-                            into: &[Into::sums(c, true)],
-                            stride: BK,
-                            ahead,
-                        });
+                        run_tile::<S, PACKED>(
+                            s,
+                            Tile { mr, k: d, a, b, into: &[Into::sums(c, true)], stride: BK, ahead },
+                        );
                     }
                     let own = |r: usize| end_of(start + r).saturating_sub(key).min(seen);
                     let (stats, sums) = (stats.add(2 * start), sums.add(start * padded));
@@ -268,15 +263,10 @@ impl Kernel for Run<'_> {
                         let panels = padded / nr;
                         let (a, ahead) =
                             (scores, soon.part(soon.values, t * panels + panel, tiles.count * panels));
-                        s.tile::<BK>(Tile {
-                            mr,
-                            k: seen,
-                            a,
-                            b,
-                            into: &[Into::sums(c, false)],
-                            stride: padded,
-                            ahead,
-                        });
+                        run_tile::<S, BK>(
+                            s,
+                            Tile { mr, k: seen, a, b, into: &[Into::sums(c, false)], stride: padded, ahead },
+                        );
                     }
                 }
                 key += count;

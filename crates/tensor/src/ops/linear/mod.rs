@@ -119,7 +119,7 @@ pub fn linear_fewer(
 ) -> Result<()> {
     let n = check(x, m, k, parts, epilogue, y)?;
     let floats = parts.iter().all(|p| !matches!(p.weight, Weight::Packed(_)));
-    match Scheme::for_linear([m, k, n]).filter(|_| floats && epilogue != Epilogue::SwiGlu) {
+    match Scheme::for_linear(cpu, [m, k, n]).filter(|_| floats && epilogue != Epilogue::SwiGlu) {
         Some(scheme) => linear_by(cpu, &scheme, (x, k), [m, k], parts, epilogue, y),
         None => linear(cpu, x, m, k, parts, epilogue, y),
     }
@@ -313,7 +313,7 @@ pub fn linear_scratch_bytes(cpu: &Cpu, m: usize, k: usize) -> usize {
 
 /// The same for [`linear_fewer`] and `n` outputs.
 pub fn linear_fewer_scratch_bytes(cpu: &Cpu, [m, k, n]: [usize; 3]) -> usize {
-    let fewer = Scheme::for_linear([m, k, n]).map_or(0, |s| 4 * s.scratch_floats(cpu));
+    let fewer = Scheme::for_linear(cpu, [m, k, n]).map_or(0, |s| 4 * s.scratch_floats(cpu));
     fewer.max(linear_scratch_bytes(cpu, m, k))
 }
 
