@@ -25,7 +25,7 @@ const TILES: [usize; 2] = [8, 6];
 /// Results that are many.
 const MANY: usize = 12;
 /// Floats of the sums of one task, which stay there as well.
-const SUMS: usize = 112 << 10;
+const SUMS: usize = 224 << 10;
 /// Steps of the right operand that are packed at a time: whole vectors, and all of [`pairs::STEPS`].
 const SLICE: usize = 144;
 /// Fewest rows, steps and columns for which additions cost less than the products that are saved.
