@@ -186,6 +186,7 @@ fn main() {
             scale: 0.088,
             mask,
             out_stride: h * d,
+            fewer: false,
         };
         let mut out = vec![0f32; t * h * d];
         let seen = if mask == ops::Mask::Full { t * s } else { t * (t + 1) / 2 };
@@ -230,6 +231,7 @@ fn main() {
                         scale: 0.088,
                         mask: ops::Mask::Causal { past: s - 1 },
                         out_stride: h * d,
+                        fewer: false,
                     };
                     ops::attention(&cpu, &args, &mut out).unwrap();
                 }

@@ -168,6 +168,7 @@ fn attention(cpu: &Cpu, rounds: usize, t: usize, flops: &dyn Fn() -> f64) -> Res
             scale: 0.088,
             mask: ops::Mask::Full,
             out_stride: h * d,
+            fewer: false,
         };
         ops::attention(cpu, &arguments, &mut out)?;
         black_box(&mut out);

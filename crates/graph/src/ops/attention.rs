@@ -30,6 +30,8 @@ pub struct Attention {
     pub columns: [usize; 3],
     /// Whether queries and keys may be rounded to twelve bits and values to bytes. A backend may compute more exactly.
     pub int8: bool,
+    /// Whether rows may share their errors' magnitudes, see [`fewer_products`](crate::passes::fewer_products).
+    pub fewer: bool,
 }
 
 /// Which keys a query sees.
@@ -62,9 +64,11 @@ pub(crate) fn boundaries(segments: &[i32], t: usize) -> Result<Vec<u32>> {
 impl Attention {
     /// Working memory of the kernel for `t` queries and `s` keys, in bytes.
     pub(crate) fn scratch_bytes(&self, cpu: &Cpu, t: usize, s: usize) -> Result<u64> {
+        // One segment needs the most.
+        let whole = [0, t.try_into().unwrap_or(u32::MAX)];
         let mask = match self.mask {
             AttentionMask::Causal { .. } => kernels::Mask::Causal { past: s.saturating_sub(t) },
-            AttentionMask::Segments => kernels::Mask::Full,
+            AttentionMask::Segments => kernels::Mask::Segments(&whole),
         };
         let none = KvRows::f32(&[], 0);
         let arguments = self.arguments((&[], 0), [none; 2], t, s, mask);
@@ -94,6 +98,7 @@ impl Attention {
             scale: self.scale,
             mask,
             out_stride: self.heads * self.head_dim,
+            fewer: self.fewer,
         }
     }
 }

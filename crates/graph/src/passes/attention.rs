@@ -112,6 +112,7 @@ fn matched(graph: &Graph, i: usize) -> Option<Found> {
         },
         columns: [0; 3],
         int8: false,
+        fewer: false,
     };
     let segments = graph.nodes[i].inputs.get(1).copied();
     let scope = graph.nodes[i].scope.clone();

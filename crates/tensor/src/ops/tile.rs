@@ -244,6 +244,11 @@ impl Ahead {
         Ahead { both: [Lines::run(std::ptr::null()); 2], lines: 0 }
     }
 
+    /// What a tile of pairs takes: a run, of which it takes its share, and then the first of both.
+    pub(crate) fn behind(self, run: *const f32) -> Ahead {
+        Ahead { both: [Lines::run(run.cast()), self.both[0]], lines: self.lines }
+    }
+
     #[inline(always)]
     pub(super) fn ask<S: Simd>(&self, s: S, line: usize) {
         s.prefetch(self.both[0].address(line));

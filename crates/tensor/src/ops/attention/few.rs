@@ -186,7 +186,7 @@ impl Run<'_> {
                         dots::<S, R, KEYS>(s, q.add(t * R * padded), keys, j, count, padded, to);
                     }
                 }
-                pack_values(s, Heads::new(&a.v, key, task.head, d), count, d, v);
+                pack_values(s, Heads::new(&a.v, key, task.head, d), count, d, nr, v);
                 let soon = Soon::new(Heads::new(&a.v, next, task.head, d), ahead, d);
                 for t in 0..tiles {
                     // What a row does not see, and keys that only fill a tile.

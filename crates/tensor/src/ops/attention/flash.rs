@@ -6,9 +6,13 @@
 //! near the maximum does, so `m` stays where scores exceed it by little. Scores are in factors of two, not of e.
 //! Few rows and many keys are cut along the keys as well, and the parts are joined afterwards. Where the cuts are
 //! depends on the shape only, so the result does not depend on the number of threads.
+//!
+//! Where a caller allows it and it saves time, both products of a task are those of [`pairs`], with queries and keys scaled to
+//! one magnitude and values to that of weights.
 
 use super::{Attention, Mask};
 use crate::ops::kv::widen;
+use crate::ops::pairs::{self, add_excess_of_columns, excess_of_row, pair_rows, run_pairs};
 use crate::ops::tile::{Ahead, Into, Lines, PACKED, Tile, Tiles, panel_columns, run_tile, tile_rows};
 use crate::ops::{GRAIN, SharedMut};
 use crate::simd::{Element, Kernel, Simd, math};
@@ -22,8 +26,15 @@ const TILES: usize = 16;
 const SEGMENT_TILES: usize = 128;
 /// Fewer tasks than this are cut along the keys.
 const FEW_TASKS: usize = 16;
+/// Rows from which magnitudes are known.
+const SAMPLES: usize = 16;
 /// Rows between one that is used and the one that is asked for.
 const AHEAD: usize = 12;
+/// With pairs, floats from one row of queries to the next, for heads of fewer components, and from one row of scores.
+const PAIR_Q: usize = 144;
+const PAIR_SCORES: usize = BK + 16;
+/// With pairs, the magnitude that values get: weights are from 0 to 1, few of many or many alike.
+const PAIR_V: f64 = 0.25;
 /// Fewest keys of a part, and most parts.
 const SPLIT: usize = 1024;
 pub(super) const MAX_SPLITS: usize = 8;
@@ -103,50 +114,74 @@ struct Sizes {
     partial: usize,
     /// Maxima and sums of all rows.
     stats: usize,
+    /// What rows and columns have too much in products of pairs: queries, keys, weights of a tile and values.
+    excess: [usize; 4],
 }
 
 impl Sizes {
-    fn new(d: usize, width: usize, tiles: usize) -> Sizes {
+    fn new(d: usize, width: usize, tiles: usize, pairs: bool) -> Sizes {
         let (mr, nr) = (tile_rows(width), panel_columns(width));
         let rows = tiles * mr;
+        let (q_row, score_rows, score_row) =
+            if pairs { (PAIR_Q, pair_rows(width), PAIR_SCORES) } else { (d, mr, BK) };
+        let excess = if pairs { [rows, BK, score_rows, d.next_multiple_of(nr)] } else { [0; 4] };
         let padded = d.next_multiple_of(nr);
         Sizes {
-            q: (rows * d).next_multiple_of(16),
+            q: (rows * q_row).next_multiple_of(16),
             k: d * BK,
             v: BK * padded,
             wide: 16 * padded,
-            scores: mr * BK,
+            scores: (score_rows * score_row).next_multiple_of(16),
             out: rows * padded,
             padded,
             partial: (padded + 2).next_multiple_of(16),
             stats: (2 * rows).next_multiple_of(16),
+            excess: excess.map(|n| n.next_multiple_of(16)),
         }
     }
 
     fn total(&self) -> usize {
-        self.q + self.k + self.v + self.wide + self.scores + self.out + self.stats
+        let excess: usize = self.excess.iter().sum();
+        self.q + self.k + self.v + self.wide + self.scores + self.out + self.stats + excess
     }
+}
+
+/// Whether products may be made of pairs, and are faster so.
+fn in_pairs(cpu: &Cpu, a: &Attention<'_>) -> bool {
+    a.fewer && cpu.isa().adds_beside_products()
 }
 
 /// Floats of scratch.
 pub(super) fn scratch_floats(cpu: &Cpu, a: &Attention<'_>) -> usize {
+    scratch_of(cpu, a, in_pairs(cpu, a))
+}
+
+fn scratch_of(cpu: &Cpu, a: &Attention<'_>, pairs: bool) -> usize {
     let width = cpu.isa().width();
-    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width, block_tiles(&a.mask)));
+    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width, block_tiles(&a.mask), pairs));
     let partials = if plan.splits > 1 { plan.splits * plan.rows * sizes.partial } else { 0 };
     partials + cpu.threads() * sizes.total()
 }
 
 /// The operands were checked.
 pub(super) fn flash(cpu: &Cpu, a: &Attention<'_>, out: &mut [f32]) -> Result<()> {
+    flash_by(cpu, a, in_pairs(cpu, a), out)
+}
+
+/// [`flash`] with products of pairs, if the sizes allow that, or without.
+pub(super) fn flash_by(cpu: &Cpu, a: &Attention<'_>, pairs: bool, out: &mut [f32]) -> Result<()> {
+    let pairs = pairs && matches!(a.mask, Mask::Segments(_)) && a.d < PAIR_Q;
     let width = cpu.isa().width();
-    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width, block_tiles(&a.mask)));
+    let (plan, sizes) = (plan(a, width), Sizes::new(a.d, width, block_tiles(&a.mask), pairs));
     let partials = if plan.splits > 1 { plan.splits * plan.rows * sizes.partial } else { 0 };
-    let mut scratch = cpu.scratch(scratch_floats(cpu, a))?;
+    let mut scratch = cpu.scratch(scratch_of(cpu, a, pairs))?;
     let (partials, own) = scratch.split_at_mut(partials);
     let (partials, own, out) = (SharedMut::new(partials), SharedMut::new(own), SharedMut::new(out));
     let work = |slot: usize, i: usize| {
         let buffers = own.at(slot * sizes.total());
-        cpu.isa().run(Run { a, task: &plan.tasks[i], sizes, buffers, partials, split: plan.splits > 1, out });
+        let run =
+            Run { a, task: &plan.tasks[i], sizes, buffers, partials, split: plan.splits > 1, pairs, out };
+        cpu.isa().run(run);
     };
     cpu.parallel_slots(plan.tasks.len(), &work);
     if plan.splits > 1 {
@@ -179,6 +214,7 @@ struct Run<'a> {
     buffers: *mut f32,
     partials: SharedMut<f32>,
     split: bool,
+    pairs: bool,
     out: SharedMut<f32>,
 }
 
@@ -188,7 +224,11 @@ impl Kernel for Run<'_> {
     fn run<S: Simd>(self, s: S) {
         let Run { a, task, sizes, .. } = self;
         let (group, d, padded) = (a.h / a.kvh, a.d, sizes.padded);
-        let nr = panel_columns(S::WIDTH);
+        let (nr, most, score_row) = if self.pairs {
+            (pairs::VECTORS * S::WIDTH, pair_rows(S::WIDTH), PAIR_SCORES)
+        } else {
+            (panel_columns(S::WIDTH), tile_rows(S::WIDTH), BK)
+        };
         let q = self.buffers;
         let k = q.wrapping_add(sizes.q);
         let v = k.wrapping_add(sizes.k);
@@ -196,7 +236,11 @@ impl Kernel for Run<'_> {
         let scores = wide.wrapping_add(sizes.wide);
         let sums = scores.wrapping_add(sizes.scores);
         let stats = sums.wrapping_add(sizes.out);
-        let tiles = Tiles::new(task.rows, S::WIDTH);
+        let mut excess = [stats.wrapping_add(sizes.stats); 4];
+        for i in 1..4 {
+            excess[i] = excess[i - 1].wrapping_add(sizes.excess[i - 1]);
+        }
+        let tiles = Tiles::of(task.rows, most);
         let soon = |key: usize| Soon::new(a, task, key);
         // Scores are exponents of two.
         let scale = a.scale * std::f32::consts::LOG2_E;
@@ -206,6 +250,7 @@ impl Kernel for Run<'_> {
             Mask::Causal { past } => (past + query_of(r) + 1).min(task.keys.end),
             _ => task.keys.end,
         };
+        let [of_q, of_k, of_v] = if self.pairs { self.balance(scale) } else { [1.0; 3] };
         // SAFETY: the buffers have the sizes of `Sizes`, queries, keys and values were checked to lie in `a`'s slices,
         // and this task alone owns its rows of the outputs and partial results.
         unsafe {
@@ -218,8 +263,16 @@ impl Kernel for Run<'_> {
                     for p in (0..d).step_by(16) {
                         s.prefetch_near(row.wrapping_add(AHEAD.div_ceil(group) * a.q_stride + p).cast());
                     }
-                    let to = q.add(start * d + r - start);
-                    scatter(s, row, scale, d, to, end - start);
+                    if self.pairs {
+                        let to = q.add(r * PAIR_Q);
+                        scale_row(s, row, scale * of_q, d, to);
+                        // The float behind a row is read, and counts for nothing.
+                        *to.add(d) = 0.0;
+                        *excess[0].add(r) = excess_of_row(s, to, d);
+                    } else {
+                        let to = q.add(start * d + r - start);
+                        scatter(s, row, scale, d, to, end - start);
+                    }
                 }
             }
             std::slice::from_raw_parts_mut(sums, task.rows * padded).fill(0.0);
@@ -232,8 +285,16 @@ impl Kernel for Run<'_> {
             let last = if task.rows == 0 { 0 } else { end_of(task.rows - 1) };
             while key < last {
                 let count = BK.min(task.keys.end - key);
-                pack_keys(s, Heads::new(&a.k, key, task.head, d), count, d, k, wide);
-                pack_values(s, Heads::new(&a.v, key, task.head, d), count, d, v);
+                pack_keys(s, Heads::new(&a.k, key, task.head, d), count, d, nr, k, wide);
+                pack_values(s, Heads::new(&a.v, key, task.head, d), count, d, nr, v);
+                if self.pairs {
+                    for panel in 0..count.div_ceil(nr) {
+                        scale_panel(s, k.add(panel * nr * d), of_k, d, excess[1].add(panel * nr));
+                    }
+                    for panel in 0..padded / nr {
+                        scale_panel(s, v.add(panel * nr * count), of_v, count, excess[3].add(panel * nr));
+                    }
+                }
                 let soon = soon(key + count);
                 for t in 0..tiles.count {
                     let (start, end) = (tiles.start(t), tiles.start(t + 1));
@@ -246,27 +307,43 @@ impl Kernel for Run<'_> {
                     for panel in 0..seen.div_ceil(nr) {
                         let (b, c) = (k.add(panel * nr * d), scores.add(panel * nr));
                         let panels = seen.div_ceil(nr);
-                        let (a, ahead) = (
-                            q.add(start * d),
-                            soon.part(soon.keys, t * panels + panel, tiles.count * panels),
-                        );
-                        run_tile::<S, PACKED>(
-                            s,
-                            Tile { mr, k: d, a, b, into: &[Into::sums(c, true)], stride: BK, ahead },
-                        );
+                        let ahead = soon.part(soon.keys, t * panels + panel, tiles.count * panels);
+                        let into = &[Into::sums(c, true)];
+                        let tile = Tile { mr, k: d, a: q.add(start * d), b, into, stride: score_row, ahead };
+                        if self.pairs {
+                            let next = if panel + 1 < panels { b.add(nr * d) } else { v };
+                            let tile = Tile { a: q.add(start * PAIR_Q), ahead: ahead.behind(next), ..tile };
+                            let excess = [excess[0].add(start), excess[1].add(panel * nr)];
+                            run_pairs::<S, PAIR_Q>(s, tile, excess.map(|p| p.cast_const()));
+                        } else {
+                            run_tile::<S, PACKED>(s, tile);
+                        }
                     }
                     let own = |r: usize| end_of(start + r).saturating_sub(key).min(seen);
                     let (stats, sums) = (stats.add(2 * start), sums.add(start * padded));
-                    Soften { scores, rows: mr, seen, stats, sums, padded }.run(s, own);
+                    let soften = Soften { scores, stride: score_row, rows: mr, seen, stats, sums, padded };
+                    soften.run(s, own);
+                    if self.pairs {
+                        for r in 0..mr {
+                            let row = scores.add(r * score_row);
+                            *row.add(seen.next_multiple_of(S::WIDTH)) = 0.0;
+                            *excess[2].add(r) = excess_of_row(s, row, seen);
+                        }
+                    }
                     for panel in 0..padded / nr {
                         let (b, c) = (v.add(panel * nr * count), sums.add(panel * nr));
                         let panels = padded / nr;
-                        let (a, ahead) =
-                            (scores, soon.part(soon.values, t * panels + panel, tiles.count * panels));
-                        run_tile::<S, BK>(
-                            s,
-                            Tile { mr, k: seen, a, b, into: &[Into::sums(c, false)], stride: padded, ahead },
-                        );
+                        let ahead = soon.part(soon.values, t * panels + panel, tiles.count * panels);
+                        let into = &[Into::sums(c, false)];
+                        let tile = Tile { mr, k: seen, a: scores, b, into, stride: padded, ahead };
+                        if self.pairs {
+                            let next = if panel + 1 < panels { b.add(nr * count) } else { k };
+                            let tile = Tile { ahead: ahead.behind(next), ..tile };
+                            let excess = [excess[2], excess[3].add(panel * nr)];
+                            run_pairs::<S, PAIR_SCORES>(s, tile, excess.map(|p| p.cast_const()));
+                        } else {
+                            run_tile::<S, BK>(s, tile);
+                        }
                     }
                 }
                 key += count;
@@ -285,10 +362,43 @@ impl Kernel for Run<'_> {
                         s.prefetch_near(to.wrapping_add(AHEAD.div_ceil(group) * a.out_stride + p).cast());
                     }
                     let saw = end_of(r) > task.keys.start;
-                    divide(s, row, if saw { sum } else { 1.0 }, d, to);
+                    divide(s, row, if saw { sum * of_v } else { 1.0 }, d, to);
                 }
             }
         }
+    }
+}
+
+impl Run<'_> {
+    /// Powers of two for queries, keys and values of this task, by those of some rows; queries are multiplied with `scale`
+    /// besides.
+    fn balance(&self, scale: f32) -> [f32; 3] {
+        let Run { a, task, .. } = self;
+        let (group, d) = (a.h / a.kvh, a.d);
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let samples = |count: usize| (0..SAMPLES.min(count)).map(move |i| i * count / SAMPLES.min(count));
+        let mut head = vec![0.0; d];
+        let mut of = |x: &KvRows<'_>| -> f64 {
+            let rows = samples(task.keys.len());
+            let n = (rows.len() * d) as f64;
+            rows.map(|i| {
+                x.head(task.keys.start + i, task.head, &mut head);
+                head.iter().map(|&v| square(v)).sum::<f64>()
+            })
+            .sum::<f64>()
+                / n
+        };
+        let (of_k, of_v) = (of(&a.k), of(&a.v));
+        let rows = samples(task.rows);
+        let n = (rows.len() * d) as f64;
+        let of_q = rows.map(|r| {
+            let at = (task.query + (task.row + r) / group) * a.q_stride;
+            let head = task.head * group + (task.row + r) % group;
+            a.q[at + head * d..][..d].iter().map(|&v| square(v * scale)).sum::<f64>()
+        });
+        let [q, k] = pairs::balance(of_q.sum::<f64>() / n, of_k);
+        let v = (PAIR_V / of_v.sqrt()).log2().round();
+        [q, k, if v.abs() <= 60.0 { v.exp2() as f32 } else { 1.0 }]
     }
 }
 
@@ -354,6 +464,36 @@ unsafe fn scatter<S: Simd>(s: S, row: *const f32, factor: f32, d: usize, to: *mu
     }
 }
 
+/// `to[p] = row[p] * factor` for `p < d`.
+///
+/// # Safety
+/// `d` floats at both.
+#[inline(always)]
+unsafe fn scale_row<S: Simd>(s: S, row: *const f32, factor: f32, d: usize, to: *mut f32) {
+    for p in (0..d).step_by(S::WIDTH) {
+        let n = (d - p).min(S::WIDTH);
+        // SAFETY: `n` floats from `p`.
+        unsafe { s.store_n(to.add(p), n, s.mul(s.load_n(row.add(p), n), s.splat(factor))) };
+    }
+}
+
+/// Multiplies a panel of `k` steps for pairs in place, and gives what its columns have too much.
+///
+/// # Safety
+/// Such a panel, and as many floats at `excess` as it has columns.
+#[inline(always)]
+unsafe fn scale_panel<S: Simd>(s: S, panel: *mut f32, factor: f32, k: usize, excess: *mut f32) {
+    let columns = pairs::VECTORS * S::WIDTH;
+    // SAFETY: the caller's promise.
+    unsafe {
+        scale_row(s, panel, factor, k * columns, panel);
+        for j in (0..columns).step_by(S::WIDTH) {
+            s.store(excess.add(j), s.splat(0.0));
+        }
+        add_excess_of_columns(s, panel, k, excess);
+    }
+}
+
 /// `to[j] = row[j] / sum` for `j < d`.
 ///
 /// # Safety
@@ -373,8 +513,9 @@ const SLACK: f32 = 8.0;
 
 /// Rows of a tile whose scores become weights.
 struct Soften {
-    /// Rows of [`BK`] scores, in factors of two.
+    /// Rows of at most [`BK`] scores, in factors of two, and floats from one to the next.
     scores: *mut f32,
+    stride: usize,
     rows: usize,
     /// Scores that exist.
     seen: usize,
@@ -390,18 +531,18 @@ impl Soften {
     /// rows are updated. All rows go through each step together, since their chains of operations are independent.
     ///
     /// # Safety
-    /// At most as many rows as a tile has, of `BK` floats at `scores`, two at `stats` and `padded` at `sums`;
+    /// At most as many rows as a tile has, of `stride >= BK` floats at `scores`, two at `stats` and `padded` at `sums`;
     /// `own(r) <= seen <= BK`.
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S, own: impl Fn(usize) -> usize) {
-        let Soften { scores, rows, seen, stats, sums, padded } = self;
+        let Soften { scores, stride, rows, seen, stats, sums, padded } = self;
         // `BK` is a multiple of the width.
         let whole = seen.next_multiple_of(S::WIDTH);
         let mut most = [f32::NEG_INFINITY; tile_rows(4)];
         // SAFETY: the caller's promise.
         unsafe {
             for r in 0..rows {
-                let row = scores.add(r * BK);
+                let row = scores.add(r * stride);
                 for j in own(r)..whole {
                     *row.add(j) = f32::NEG_INFINITY;
                 }
@@ -428,7 +569,7 @@ impl Soften {
                 }
             }
             for r in 0..rows {
-                let (row, reference) = (scores.add(r * BK), *stats.add(2 * r));
+                let (row, reference) = (scores.add(r * stride), *stats.add(2 * r));
                 // Nothing but minus infinities so far, or NaN.
                 let none = reference == f32::NEG_INFINITY;
                 let shift = s.splat(if none { 0.0 } else { reference });
@@ -476,14 +617,21 @@ impl Heads {
     }
 }
 
-/// Panels of `NR` keys: `dst[panel][p][c] = key[panel * NR + c][p]`, zero past `count`.
+/// Panels of `nr` keys: `dst[panel][p][c] = key[panel * nr + c][p]`, zero past `count`.
 ///
 /// # Safety
 /// `count` rows of heads of `d` components at `src`, aligned for their elements; `d * BK` floats at `dst`, and 16 rows
 /// of `d` floats, rounded up to vectors, at `wide`.
 #[inline(always)]
-unsafe fn pack_keys<S: Simd>(s: S, src: Heads, count: usize, d: usize, dst: *mut f32, wide: *mut f32) {
-    let nr = panel_columns(S::WIDTH);
+unsafe fn pack_keys<S: Simd>(
+    s: S,
+    src: Heads,
+    count: usize,
+    d: usize,
+    nr: usize,
+    dst: *mut f32,
+    wide: *mut f32,
+) {
     for first in (0..count).step_by(S::WIDTH) {
         let rows = (count - first).min(S::WIDTH);
         let from = src.row(first);
@@ -491,15 +639,15 @@ unsafe fn pack_keys<S: Simd>(s: S, src: Heads, count: usize, d: usize, dst: *mut
         unsafe {
             let dst = dst.add(first / nr * nr * d + first % nr);
             match src.format {
-                KvFormat::F32 => pack_group(s, from.cast::<f32>(), src.stride / 4, rows, d, dst),
-                KvFormat::F16 => pack_group(s, from.cast::<half::f16>(), src.stride / 2, rows, d, dst),
+                KvFormat::F32 => pack_group(s, from.cast::<f32>(), src.stride / 4, rows, [d, nr], dst),
+                KvFormat::F16 => pack_group(s, from.cast::<half::f16>(), src.stride / 2, rows, [d, nr], dst),
                 format => {
                     let stride = d.next_multiple_of(S::WIDTH);
                     for r in 0..rows {
                         let to = wide.add(r * stride);
                         widen(s, format, src.row(first + r), d, |c, v| s.store(to.add(c), v));
                     }
-                    pack_group(s, wide.cast_const(), stride, rows, d, dst);
+                    pack_group(s, wide.cast_const(), stride, rows, [d, nr], dst);
                 }
             }
         }
@@ -516,17 +664,16 @@ unsafe fn pack_keys<S: Simd>(s: S, src: Heads, count: usize, d: usize, dst: *mut
 /// A vector's width of keys: `dst[p][c] = src[c][p]`, zero for `c >= rows`.
 ///
 /// # Safety
-/// `rows` rows of `d` elements at `src`, and `d` rows of `NR` floats at `dst`.
+/// `rows` rows of `d` elements at `src`, and `d` rows of `nr` floats at `dst`.
 #[inline(always)]
 unsafe fn pack_group<S: Simd, E: Element>(
     s: S,
     src: *const E,
     stride: usize,
     rows: usize,
-    d: usize,
+    [d, nr]: [usize; 2],
     dst: *mut f32,
 ) {
-    let nr = panel_columns(S::WIDTH);
     let mut p = 0;
     // SAFETY: the caller's promise.
     unsafe {
@@ -544,13 +691,20 @@ unsafe fn pack_group<S: Simd, E: Element>(
     }
 }
 
-/// Panels of `NR` components: `dst[panel][j][c] = value[j][panel * NR + c]`; what is past `d` is arbitrary.
+/// Panels of `nr` components: `dst[panel][j][c] = value[j][panel * nr + c]`; what is past `d` is arbitrary.
 ///
 /// # Safety
 /// `count` rows of heads of `d` components at `src`, `count * d` floats rounded up to panels at `dst`.
 #[inline(always)]
-pub(super) unsafe fn pack_values<S: Simd>(s: S, src: Heads, count: usize, d: usize, dst: *mut f32) {
-    let nr = panel_columns(S::WIDTH);
+pub(super) unsafe fn pack_values<S: Simd>(
+    s: S,
+    src: Heads,
+    count: usize,
+    d: usize,
+    nr: usize,
+    dst: *mut f32,
+) {
+    let padded = d.next_multiple_of(panel_columns(S::WIDTH));
     for j in 0..count {
         src.prefetch_near(s, j, d);
         // SAFETY: a row of heads; the row of a panel is written.
@@ -558,7 +712,7 @@ pub(super) unsafe fn pack_values<S: Simd>(s: S, src: Heads, count: usize, d: usi
             widen(s, src.format, src.row(j), d, |c, v| {
                 s.store(dst.add((c / nr * count + j) * nr + c % nr), v)
             });
-            for c in (d.next_multiple_of(S::WIDTH)..d.next_multiple_of(nr)).step_by(S::WIDTH) {
+            for c in (d.next_multiple_of(S::WIDTH)..padded).step_by(S::WIDTH) {
                 s.store(dst.add((c / nr * count + j) * nr + c % nr), s.splat(0.0));
             }
         }

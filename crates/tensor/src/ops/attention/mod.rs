@@ -56,6 +56,9 @@ pub struct Attention<'a> {
     pub mask: Mask<'a>,
     /// Floats from one output row to the next.
     pub out_stride: usize,
+    /// Whether products within segments may be made of pairs of steps, whose errors depend on the magnitudes of all rows, where
+    /// that saves time.
+    pub fewer: bool,
 }
 
 fn check_heads(a: &Attention<'_>) -> Result<()> {

@@ -36,6 +36,7 @@ impl Case {
             scale: 1.0 / (d as f32).sqrt(),
             mask,
             out_stride: wide,
+            fewer: false,
         }
     }
 
@@ -316,6 +317,7 @@ fn a_long_tail_of_small_weights_counts_in_attention_over_bytes() {
         scale: 0.25,
         mask: Mask::Full,
         out_stride: d,
+        fewer: false,
     };
     let (mut wanted, mut out) = (vec![0.0; d], vec![0.0; d]);
     attention_twin(&args, &mut wanted).unwrap();
@@ -342,5 +344,43 @@ fn attention_over_bytes_keeps_nan_and_leaves_the_rest_to_attention() {
         attention(&Cpu::new(1).unwrap(), &case.args(mask), &mut a).unwrap();
         attention_int8(&Cpu::new(1).unwrap(), &case.args(mask), &mut b).unwrap();
         assert_eq!(a, b);
+    }
+}
+
+#[test]
+fn products_of_pairs_match_the_twin() {
+    for ([t, h, kvh, d], bounds) in [
+        ([1, 1, 1, 1], vec![0, 1]),
+        ([3, 2, 1, 7], vec![0, 3]),
+        ([70, 2, 2, 64], vec![0, 70]),
+        ([300, 3, 3, 64], vec![0, 300]),
+        ([300, 2, 1, 80], vec![0, 5, 5, 290, 300]),
+        ([40, 1, 1, 143], vec![0, 40]),
+        // Heads that are too wide for pairs.
+        ([40, 1, 1, 144], vec![0, 40]),
+    ] {
+        let case = Case::new([t, t, h, kvh, d], 3);
+        // Magnitudes far apart: queries and keys of a thousand and a thousandth, values of a million.
+        for [of_q, of_k, of_v] in [[1.0, 1.0, 1.0], [1e3, 1e-3, 1e6]] {
+            let scaled = |v: &[f32], by: f32| v.iter().map(|v| v * by).collect::<Vec<_>>();
+            let (q, k, v) = (scaled(&case.q, of_q), scaled(&case.k, of_k), scaled(&case.v, of_v));
+            let far = Case { q, k, v, sizes: case.sizes, gap: case.gap };
+            let args = Attention { fewer: true, ..far.args(Mask::Segments(&bounds)) };
+            let mut wanted = vec![0.5; t * args.out_stride];
+            attention_twin(&args, &mut wanted).unwrap();
+            let close = Close { relative: CLOSE.relative, absolute: CLOSE.absolute * of_v };
+            let name = format!("{t} {h} {kvh} {d} {bounds:?} {of_v}");
+            check(&name, &wanted, close, &|cpu, out| {
+                out.fill(0.5);
+                flash::flash_by(cpu, &args, true, out)
+            });
+            check(&name, &wanted, close, &|cpu, out| {
+                out.fill(0.5);
+                let declared = attention_scratch_bytes(cpu, &args)?;
+                attention(cpu, &args, out)?;
+                assert!(cpu.scratch_bytes() <= declared.max(1), "{} of {declared}", cpu.scratch_bytes());
+                Ok(())
+            });
+        }
     }
 }
