@@ -47,6 +47,12 @@ pub enum Error {
         /// What the file says.
         found: String,
     },
+    /// Ready-made tables are not laid out as they say.
+    #[error("tokenizer tables: {what}")]
+    Tables {
+        /// What was expected, and what was found.
+        what: String,
+    },
     /// Two tokens share one id.
     #[error("token id {id} belongs to both {first:?} and {second:?}")]
     DuplicateId {

@@ -3,7 +3,7 @@
 //! Everything here reads untrusted files and untrusted prompts. This crate knows nothing of tensors, models,
 //! images or the clock; an image is only a placeholder token that is repeated as often as the caller says.
 //!
-//! Start at [`Tokenizer::from_json`] and [`ChatTemplate::new`]. A prompt goes [`Message`] ->
+//! Start at [`Tokenizer::from_json`], or [`Tokenizer::from_tables`] for what was made of it before, and [`ChatTemplate::new`]. A prompt goes [`Message`] ->
 //! [`ChatTemplate::render`] -> [`expand_placeholders`] -> [`Tokenizer::encode`]; generated ids go through
 //! [`Detokenizer`] and [`StopStrings`].
 //!
@@ -22,6 +22,7 @@ mod message;
 mod placeholder;
 mod split;
 mod stop;
+mod tables;
 mod template;
 mod tokenizer;
 mod unicode;
@@ -37,5 +38,6 @@ pub use message::{Content, ContentFormat, Message, Part};
 pub use placeholder::{Placeholders, VideoFrames, expand_placeholders};
 pub use split::SplitStep;
 pub use stop::{StopStrings, Stopped};
+pub use tables::SharedBytes;
 pub use template::{ChatTemplate, RenderOptions, template_from_config};
 pub use tokenizer::{Tokenizer, TokenizerParts};

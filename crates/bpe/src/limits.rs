@@ -2,6 +2,8 @@
 
 /// Largest `tokenizer.json` that is read, in bytes (real: 20 MB).
 pub const MAX_JSON_BYTES: usize = 64 << 20;
+/// Largest tables of a tokenizer that are made or opened, in bytes (real: about 10 MB).
+pub const MAX_TABLES_BYTES: usize = 64 << 20;
 /// Exclusive upper bound of token ids, and so of the number of tokens (real: 151,552).
 pub const MAX_TOKEN_ID: u32 = 1 << 20;
 /// Largest number of merges (real: 318,088).

@@ -30,9 +30,14 @@ pub(crate) struct Merger {
 }
 
 impl Merger {
-    /// Applies the rules to `ids` until none fits, lowest rank first and leftmost among equals, and appends the
+    /// Applies the rules to `ids` until none fits (`merges` gives rank and merged id of a pair), lowest rank first and leftmost among equals, and appends the
     /// result to `out`. n ids cost O(n log n): each merge removes a symbol and adds at most two candidates.
-    pub(crate) fn merge(&mut self, ids: impl Iterator<Item = u32>, merges: &Merges, out: &mut Vec<u32>) {
+    pub(crate) fn merge(
+        &mut self,
+        ids: impl Iterator<Item = u32>,
+        merges: impl Fn((u32, u32)) -> Option<(u32, u32)>,
+        out: &mut Vec<u32>,
+    ) {
         self.symbols.clear();
         self.heap.clear();
         for (at, id) in ids.enumerate() {
@@ -43,12 +48,12 @@ impl Merger {
             last.next = NONE;
         }
         for at in 0..self.symbols.len() as u32 {
-            self.push_pair(at, merges);
+            self.push_pair(at, &merges);
         }
         while let Some(Reverse((_, at, left, right))) = self.heap.pop() {
             let Some(a) = self.get(at).filter(|s| s.live && s.id == left) else { continue };
             let Some(b) = self.get(a.next).filter(|s| s.id == right) else { continue };
-            let Some(&(_, merged)) = merges.get(&(left, right)) else { continue };
+            let Some((_, merged)) = merges((left, right)) else { continue };
             if let Some(s) = self.symbols.get_mut(a.next as usize) {
                 s.live = false;
             }
@@ -59,8 +64,8 @@ impl Merger {
             if let Some(s) = self.symbols.get_mut(b.next as usize) {
                 s.prev = at;
             }
-            self.push_pair(a.prev, merges);
-            self.push_pair(at, merges);
+            self.push_pair(a.prev, &merges);
+            self.push_pair(at, &merges);
         }
         out.extend(self.symbols.iter().filter(|s| s.live).map(|s| s.id));
     }
@@ -70,10 +75,10 @@ impl Merger {
     }
 
     /// Adds the pair that starts at `at` as a candidate, when a rule fits it.
-    fn push_pair(&mut self, at: u32, merges: &Merges) {
+    fn push_pair(&mut self, at: u32, merges: &impl Fn((u32, u32)) -> Option<(u32, u32)>) {
         let Some(left) = self.get(at) else { return };
         let Some(right) = self.get(left.next) else { return };
-        if let Some(&(rank, _)) = merges.get(&(left.id, right.id)) {
+        if let Some((rank, _)) = merges((left.id, right.id)) {
             self.heap.push(Reverse((rank, at, left.id, right.id)));
         }
     }
@@ -113,7 +118,7 @@ mod tests {
             }
             let ids: Vec<u32> = (0..40).map(|_| next(3)).collect();
             let mut out = Vec::new();
-            merger.merge(ids.iter().copied(), &merges, &mut out);
+            merger.merge(ids.iter().copied(), |pair| merges.get(&pair).copied(), &mut out);
             assert_eq!(out, naive(ids, &merges));
         }
     }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result, check_max, clip};
 use crate::limits;
 use crate::merge::{Merger, Merges};
 use crate::split::{RegexClock, SplitStep, Splitter};
+use crate::tables::Stored;
 
 /// What a tokenizer is made of, whichever file it came from.
 #[derive(Debug, Default)]
@@ -32,6 +33,8 @@ pub struct TokenizerParts<'a> {
 /// A byte-level BPE tokenizer. Sharing it between threads is free: it does not change after loading.
 #[derive(Debug)]
 pub struct Tokenizer {
+    /// Tables that came ready-made; what is built of a file, up to `hasher` and `merges`, is empty then.
+    pub(crate) stored: Option<Stored>,
     /// Bytes of all tokens, one after the other.
     bytes: Vec<u8>,
     /// Where the bytes of each id are; an empty range for ids without a token.
@@ -40,14 +43,16 @@ pub struct Tokenizer {
     by_bytes: HashTable<u32>,
     hasher: RandomState,
     /// Tokens whose text is not in the byte alphabet; encoding never produces them.
-    by_text: HashMap<String, u32>,
+    pub(crate) by_text: HashMap<String, u32>,
     /// Id of each single byte.
-    byte_ids: [u32; 256],
-    merges: Merges,
-    added: AddedMatcher,
-    split: Vec<Splitter>,
-    ignore_merges: bool,
-    count: usize,
+    pub(crate) byte_ids: [u32; 256],
+    pub(crate) merges: Merges,
+    pub(crate) added: AddedMatcher,
+    pub(crate) split: Vec<Splitter>,
+    /// What `split` was compiled of.
+    pub(crate) steps: Vec<SplitStep>,
+    pub(crate) ignore_merges: bool,
+    pub(crate) count: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -67,17 +72,12 @@ impl Tokenizer {
         check_max("pre-tokenizer steps", limits::MAX_SPLIT_STEPS, parts.split.len())?;
         let split = parts.split.iter().map(Splitter::new).collect::<Result<Vec<_>>>()?;
         let mut this = Tokenizer {
-            bytes: Vec::new(),
-            spans: Vec::new(),
             by_bytes: HashTable::with_capacity(parts.tokens.len()),
-            hasher: RandomState::default(),
-            by_text: HashMap::new(),
-            byte_ids: [0; 256],
             merges: Merges::with_capacity_and_hasher(parts.merges.len(), RandomState::default()),
-            added: AddedMatcher::new(Vec::new())?,
             split,
+            steps: parts.split,
             ignore_merges: parts.ignore_merges,
-            count: 0,
+            ..Tokenizer::empty()?
         };
         for (text, id) in &parts.tokens {
             this.add_token(text, *id)?;
@@ -94,6 +94,25 @@ impl Tokenizer {
         }
         this.added = AddedMatcher::new(parts.added)?;
         Ok(this)
+    }
+
+    /// A tokenizer of nothing.
+    pub(crate) fn empty() -> Result<Tokenizer> {
+        Ok(Tokenizer {
+            stored: None,
+            bytes: Vec::new(),
+            spans: Vec::new(),
+            by_bytes: HashTable::new(),
+            hasher: RandomState::default(),
+            by_text: HashMap::new(),
+            byte_ids: [0; 256],
+            merges: Merges::default(),
+            added: AddedMatcher::new(Vec::new())?,
+            split: Vec::new(),
+            steps: Vec::new(),
+            ignore_merges: false,
+            count: 0,
+        })
     }
 
     /// Adds a token of the vocabulary.
@@ -204,7 +223,10 @@ impl Tokenizer {
     }
 
     /// The id that encoding gives to these bytes as one token.
-    fn lookup(&self, bytes: &[u8]) -> Option<u32> {
+    pub(crate) fn lookup(&self, bytes: &[u8]) -> Option<u32> {
+        if let Some(stored) = &self.stored {
+            return stored.lookup(bytes);
+        }
         let hash = self.hasher.hash_one(bytes);
         self.by_bytes.find(hash, |&id| span_bytes(&self.bytes, &self.spans, id) == Some(bytes)).copied()
     }
@@ -258,7 +280,10 @@ impl Tokenizer {
             return;
         }
         let bytes = piece.iter().map(|&b| self.byte_ids.get(usize::from(b)).copied().unwrap_or_default());
-        state.merger.merge(bytes, &self.merges, &mut state.ids);
+        match &self.stored {
+            Some(stored) => state.merger.merge(bytes, |pair| stored.merge(pair), &mut state.ids),
+            None => state.merger.merge(bytes, |pair| self.merges.get(&pair).copied(), &mut state.ids),
+        }
     }
 
     /// Decodes ids; ids without a token give nothing, and bytes that are not UTF-8 give U+FFFD as
@@ -283,12 +308,18 @@ impl Tokenizer {
 
     /// The bytes that `id` decodes to; they need not be UTF-8 on their own.
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
-        span_bytes(&self.bytes, &self.spans, id)
+        match &self.stored {
+            Some(stored) => stored.token_bytes(id),
+            None => span_bytes(&self.bytes, &self.spans, id),
+        }
     }
 
     /// True for tokens that are left out of text when special tokens are skipped.
     pub fn is_special(&self, id: u32) -> bool {
-        self.spans.get(id as usize).is_some_and(|s| s.special)
+        match &self.stored {
+            Some(stored) => stored.is_special(id),
+            None => self.spans.get(id as usize).is_some_and(|s| s.special),
+        }
     }
 
     /// Number of tokens, added tokens included.
@@ -298,7 +329,7 @@ impl Tokenizer {
 
     /// One more than the largest id that has a token.
     pub fn id_limit(&self) -> u32 {
-        self.spans.len() as u32
+        self.stored.as_ref().map_or(self.spans.len(), Stored::ids) as u32
     }
 
     /// The tokens recognised in raw text.

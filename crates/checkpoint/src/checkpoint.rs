@@ -12,7 +12,7 @@ use crate::file::{join_plain, read_small, stands};
 use crate::gguf::{GlmGguf, MAGIC};
 use crate::index::ShardIndex;
 use crate::safetensors::source_error;
-use crate::{Error, FileBytes, GgufFile, PglmFile, ReadMode, Result, SafetensorsFile};
+use crate::{Error, FileBytes, GgufFile, PglmFile, ReadMode, Result, SafetensorsFile, Unchecked};
 
 /// The file of an unsharded checkpoint.
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -41,7 +41,7 @@ const SIDE_FILES: [&str; 10] = [
 /// Most bytes read of a side file.
 fn size_limit(name: &str) -> u64 {
     match name {
-        "tokenizer.json" => 64 * MIB,
+        "tokenizer.json" | "tokenizer.tables" => 64 * MIB,
         "tokenizer_config.json" => 4 * MIB,
         "config.json"
         | "generation_config.json"
@@ -317,6 +317,20 @@ impl Checkpoint {
             found.extend(self.bytes(name)?.map(|bytes| (name.to_owned(), bytes)));
         }
         Ok(found)
+    }
+
+    /// What was made of the side file `of` beforehand, where the checkpoint holds it under `name`: see [`PglmFile::made_of`].
+    ///
+    /// # Errors
+    /// As [`PglmFile::made_of`], and [`Error::FileTooLarge`].
+    pub fn made_of(&self, of: &str, name: &str) -> Result<Option<Unchecked>> {
+        let Store::Pglm(pglm) = &self.store else { return Ok(None) };
+        let made = pglm.made_of(of, name)?;
+        let (limit, found) = (size_limit(name), made.as_ref().map_or(0, |made| made.bytes().len() as u64));
+        if found > limit {
+            return Err(Error::FileTooLarge { path: self.side_path(name), limit, found });
+        }
+        Ok(made)
     }
 
     /// What messages call a side file: its path, or the model's file and its name.

@@ -46,7 +46,7 @@ pub use gguf::{
 };
 pub use mapped::{FileBytes, ReadMode, system_memory};
 pub use names::{NameRules, Renamed};
-pub use pglm::{PglmContents, PglmFile, PglmWriter, RowMaker, export_pglm};
+pub use pglm::{PglmContents, PglmFile, PglmWriter, RowMaker, Unchecked, export_pglm};
 pub use safetensors::{MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, SafetensorsFile};
 pub use writer::SafetensorsWriter;
 

@@ -2,7 +2,9 @@
 //!
 //! Tensors of plain types stand as they are; quantised ones stand as U8 of their bytes; side files (`config.json`,
 //! `tokenizer.json`, ...) stand as U8 under `file:NAME`. All data begin at multiples of 64: where a length is none, a
-//! tensor `pad:N` of zeros fills the gap, since the format has no holes. `__metadata__` holds
+//! tensor `pad:N` of zeros fills the gap, since the format has no holes. `file:tokenizer.tables`, which may be absent, is
+//! 32 bytes, the SHA-256 of `file:tokenizer.json`, and the same tokenizer in a form that needs no parsing; where the hash is another
+//! one, or the form one that a reader does not know, it reads the JSON. `__metadata__` holds
 //!
 //! * `pglm.version`: `1`;
 //! * `pglm.tensors`: a JSON object of every tensor but the fillers: its format's name (`dtype`), its shape, the order
@@ -52,6 +54,8 @@ const ROWS: &str = "rows";
 const PANELS: &str = "panels-16";
 /// The end of the names of tables of which rows are read.
 const TABLES: &str = "embed_tokens.weight";
+/// Bytes of the hash in front of what was made of a side file.
+const MADE_OF: usize = 32;
 /// A hash that is not known yet; its length is that of every hash.
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// Bytes that are hashed between two calls of a progress function, and that are written before they are hashed.
@@ -104,6 +108,39 @@ fn layout_of(name: &str, dtype: DType, shape: &[usize]) -> &'static str {
 pub struct PglmFile {
     file: SafetensorsFile,
     rows: HashMap<String, (DType, Row)>,
+}
+
+/// A side file whose hash has not been looked at, so that this can be done on another thread.
+#[derive(Clone, Debug)]
+pub struct Unchecked {
+    bytes: Bytes,
+    path: PathBuf,
+    name: String,
+    wanted: String,
+}
+
+impl Unchecked {
+    /// Bytes that [`Unchecked::check`] gives. They may be looked at before, but not relied on.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_slice().get(MADE_OF..).unwrap_or_default()
+    }
+
+    /// What was made, once its hash is that in the header.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`].
+    pub fn check(self) -> Result<Bytes> {
+        check_hash(&self.path, &self.name, &self.wanted, sha256(self.bytes.as_slice()))?;
+        Ok(self.bytes.slice(MADE_OF..self.bytes.len()).unwrap_or_else(|| Vec::new().into()))
+    }
+}
+
+fn check_hash(path: &Path, name: &str, wanted: &str, found: String) -> Result<()> {
+    if wanted == found {
+        return Ok(());
+    }
+    let part = format!("tensor `{}`", shown(name));
+    Err(Error::Damaged { path: path.to_owned(), part, wanted: wanted.to_owned(), found })
 }
 
 impl PglmFile {
@@ -197,14 +234,34 @@ impl PglmFile {
         Ok(Some(bytes))
     }
 
+    /// What was made of the side file `of` and stands in the file as the side file `name`: 32 bytes, the SHA-256 of `of`, and
+    /// what was made. `None` where there is none, or one of another `of`, which is not read.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] where the file was truncated since it was opened.
+    pub fn made_of(&self, of: &str, name: &str) -> Result<Option<Unchecked>> {
+        let name = format!("{FILE_SCOPE}{name}");
+        let (Some((_, source)), Some((_, row))) =
+            (self.rows.get(&format!("{FILE_SCOPE}{of}")), self.rows.get(&name))
+        else {
+            return Ok(None);
+        };
+        let bytes = self.file.get(&name)?.shared_bytes();
+        if bytes.as_slice().get(..MADE_OF).map(hex).as_deref() != Some(source.sha256.as_str()) {
+            return Ok(None);
+        }
+        Ok(Some(Unchecked { bytes, path: self.path().to_owned(), name, wanted: row.sha256.clone() }))
+    }
+
+    /// The content of a side file that [`PglmFile::made_of`] finds: `made` of the bytes `of`.
+    pub fn content_made_of(of: &[u8], made: &[u8]) -> Vec<u8> {
+        [Sha256::digest(of).as_slice(), made].concat()
+    }
+
     /// Compares the hash of a tensor's or side file's bytes with the one in the header.
     fn check_hash(&self, name: &str, found: String) -> Result<()> {
         let wanted = self.rows.get(name).map_or("", |(_, row)| &row.sha256);
-        if wanted == found {
-            return Ok(());
-        }
-        let (path, wanted) = (self.path().to_owned(), wanted.to_owned());
-        Err(Error::Damaged { path, part: format!("tensor `{}`", shown(name)), wanted, found })
+        check_hash(self.path(), name, wanted, found)
     }
 
     /// The tensor, sharing the file's bytes.

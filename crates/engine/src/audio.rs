@@ -134,7 +134,7 @@ impl AudioModel {
         let weights = Arc::new(Prepared::new(weights.clone(), AUDIO_SCOPE, &config, precision));
         let mut g = GraphBuilder::new(&*weights);
         audio_encoder(&mut g, &config, text.hidden_size)?;
-        let mut graph = crate::model::finish(g, fuse, &Default::default())?;
+        let mut graph = crate::model::finish(g.finish(), fuse, &Default::default())?;
         if fuse {
             passes::apply("attention over bytes", passes::attend_in_int8, &mut graph)?;
             passes::apply("fewer products", passes::fewer_products, &mut graph)?;

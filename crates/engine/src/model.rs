@@ -19,7 +19,7 @@ use pocketglm_wav2vec::Wav2VecConfig;
 
 use crate::audio::{Adapter, AudioModel, audio_tensors, check_adapter};
 use crate::quantise::Precisions;
-use crate::read_tokenizer::ReadTokenizer;
+use crate::read_tokenizer::{JSON, ReadTokenizer};
 use crate::{EngineOptions, Error, Result};
 
 /// Scope of the vision encoder's weights.
@@ -96,8 +96,8 @@ pub(crate) struct Model {
     /// The same, with what an adapter file adds.
     pub extended: Arc<dyn WeightSource>,
     pub decoder: Graph,
-    /// Bytes of `tokenizer.json`, from which the plan estimates the tokenizer's tables.
-    pub tokenizer_bytes: u64,
+    /// Bytes of the tokenizer's tables, about.
+    pub tokenizer_memory: u64,
     pub kv: KvFormat,
     pub fuse: bool,
     /// What a simulated policy makes of the matrices; empty without one.
@@ -124,7 +124,7 @@ impl Model {
         let (mode, mmproj) = (options.read_mode, options.mmproj.clone());
         let checkpoint = Checkpoint::open(path, &OpenOptions { mode, mmproj, check_finite: false })?;
         // Its errors are told where they always were: behind those of the tensors.
-        let tokenizer = checkpoint.bytes("tokenizer.json").map(|json| json.map(ReadTokenizer::start));
+        let tokenizer = ReadTokenizer::of(&checkpoint);
         let config = checkpoint.required_json("config.json")?;
         let fields = Fields::new("config.json", &config)?;
         let model_type = fields.string("model_type")?.unwrap_or("(none)").to_string();
@@ -147,7 +147,19 @@ impl Model {
         let rules = NameRules::detect(&checkpoint, LAYOUTS, &["model.language_model.embed_tokens.weight"])?;
         let weights = Arc::new(Renamed::new(checkpoint, rules)?);
         begin(&weights);
-        let mut expected = expected_tensors(&text, vision_config.as_ref(), &*weights)?;
+        // A graph that can be built from the checkpoint says what it takes from it. Where it cannot, and where an adapter adds
+        // to it, the list of all that there must be is made without one.
+        let built = match &options.adapter {
+            None => built_graphs(&text, vision_config.as_ref(), &*weights, options.kv).ok(),
+            Some(_) => None,
+        };
+        let mut expected = match &built {
+            Some((decoder, vision)) => expected_by([Some(decoder), vision.as_ref()]),
+            None => {
+                let whole = whole_graph(&text, with_fusion(vision_config.as_ref(), &*weights))?;
+                expected_by([Some(&whole), None])
+            }
+        };
         if let Some(child) = fields.child("audio_config")? {
             let config = Wav2VecConfig::from_fields(&child)?;
             expected.extend(audio_tensors(&*weights, &config, text.hidden_size)?);
@@ -176,25 +188,25 @@ impl Model {
             None => weights.clone(),
         };
         let checkpoint = weights.source();
-        let graph = text_graph(&text, &*weights, options.kv, options.fuse, Trace::Off, &precisions)?;
+        let (graph, vision_graph) = match built {
+            Some(built) => built,
+            None => built_graphs(&text, vision_config.as_ref(), &*extended, options.kv)?,
+        };
+        let graph = finish(graph, options.fuse, &precisions)?;
         let tokenizer = tokenizer?.ok_or_else(|| pocketglm_checkpoint::Error::NoFile {
-            wanted: "tokenizer.json".into(),
+            wanted: JSON.into(),
             folder: path.to_owned(),
         })?;
-        let tokenizer_bytes = tokenizer.json.len() as u64;
-        let tokenizer = tokenizer.done().map_err(text_error("tokenizer.json"))?;
+        let tokenizer_memory = tokenizer.memory;
+        let tokenizer = tokenizer.done()?;
         options.report("load", 3, STEPS);
         let template = template(checkpoint)?;
-        let vision = match vision_config {
-            Some(config) => Some(VisionModel::new(
-                config,
-                &fields,
-                checkpoint,
-                &tokenizer,
-                &*extended,
-                options,
-                &precisions,
-            )?),
+        let vision = match vision_config.zip(vision_graph) {
+            Some((config, graph)) => {
+                let graph = finish(graph, options.fuse, &precisions)?;
+                let fusion = Fusion::found(&*extended, Modality::Image);
+                Some(VisionModel::new(config, &fields, checkpoint, &tokenizer, fusion, graph, options)?)
+            }
             None => None,
         };
         let described = match &adapter {
@@ -219,7 +231,7 @@ impl Model {
             sampling,
             decoder: graph,
             text,
-            tokenizer_bytes,
+            tokenizer_memory,
             weights,
             kv: options.kv,
             fuse: options.fuse,
@@ -288,11 +300,11 @@ pub(crate) fn text_graph(
 ) -> Result<Graph> {
     let mut g = GraphBuilder::new(weights).with_kv_format(kv);
     decoder(&mut g, text, trace)?;
-    finish(g, fuse, precisions)
+    finish(g.finish(), fuse, precisions)
 }
 
-pub(crate) fn finish(g: GraphBuilder<'_>, fuse: bool, precisions: &Precisions) -> Result<Graph> {
-    let mut graph = g.finish();
+/// The graph that a checkpoint runs, of the one that was built.
+pub(crate) fn finish(mut graph: Graph, fuse: bool, precisions: &Precisions) -> Result<Graph> {
     if !precisions.is_empty() {
         passes::insert_quantise(&mut graph, &|name| precisions.get(name).copied())?;
     }
@@ -333,15 +345,27 @@ pub(crate) fn whole_graph(text: &TextConfig, vision: Option<(&VisionConfig, Fusi
     Ok(g.finish())
 }
 
-/// Every tensor that the graphs will ask for: taken from the graphs themselves, so that the two cannot differ.
-fn expected_tensors(
+/// Decoder and vision encoder as they are built over `weights`.
+fn built_graphs(
     text: &TextConfig,
     vision: Option<&VisionConfig>,
-    source: &dyn WeightSource,
-) -> Result<Vec<ExpectedTensor>> {
-    let vision = vision.map(|config| (config, Fusion::found(source, Modality::Image)));
+    weights: &dyn WeightSource,
+    kv: KvFormat,
+) -> Result<(Graph, Option<Graph>)> {
+    let mut g = GraphBuilder::new(weights).with_kv_format(kv);
+    decoder(&mut g, text, Trace::Off)?;
+    let vision = with_fusion(vision, weights).map(|(config, fusion)| -> Result<Graph> {
+        let mut g = GraphBuilder::new(weights);
+        vision_encoder(&mut g, config, fusion)?;
+        Ok(g.finish())
+    });
+    Ok((g.finish(), vision.transpose()?))
+}
+
+/// Every tensor that graphs ask for: taken from the graphs themselves, so that the two cannot differ.
+fn expected_by<'g>(graphs: impl IntoIterator<Item = Option<&'g Graph>>) -> Vec<ExpectedTensor> {
     let tensor = |TensorInfo { name, shape, .. }| ExpectedTensor { name, shape, optional: false };
-    Ok(whole_graph(text, vision)?.weights().into_iter().map(tensor).collect())
+    graphs.into_iter().flatten().flat_map(Graph::weights).map(tensor).collect()
 }
 
 impl VisionModel {
@@ -350,9 +374,9 @@ impl VisionModel {
         fields: &Fields<'_>,
         checkpoint: &Checkpoint,
         tokenizer: &Tokenizer,
-        weights: &dyn WeightSource,
+        fusion: Fusion,
+        graph: Graph,
         options: &EngineOptions,
-        precisions: &Precisions,
     ) -> Result<VisionModel> {
         let tokens = VisualTokens::from_fields(fields)?;
         let names = [
@@ -391,10 +415,6 @@ impl VisionModel {
             images = images.with_max_pixels(cap)?;
             videos = videos.with_max_pixels(cap)?;
         }
-        let fusion = Fusion::found(weights, Modality::Image);
-        let mut g = GraphBuilder::new(weights);
-        vision_encoder(&mut g, &config, fusion)?;
-        let graph = finish(g, options.fuse, precisions)?;
         Ok(VisionModel { config, fusion, tokens, images, videos, graph })
     }
 }

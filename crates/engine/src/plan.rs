@@ -13,7 +13,7 @@ use crate::{Error, Result};
 pub(crate) const PROGRAM_BYTES: u64 = 8 << 20;
 /// Bytes of tables, and of work while they are made, per byte of `tokenizer.json`: the same command on a checkpoint with
 /// a vocabulary of 151,552, less the program's own bytes.
-const TOKENIZER_FACTOR: u64 = 4;
+pub(crate) const TOKENIZER_FACTOR: u64 = 4;
 /// Bytes of a cached file that Linux maps around a page that is touched: the growth of the peak with the prompt's tokens
 /// in `pocketglm bench` (Linux 6.18, whose cache has large pages), less the row itself.
 const FAULT_AROUND_BYTES: u64 = 352 << 10;
@@ -162,7 +162,7 @@ pub(crate) fn plan(model: &Model, devices: &Devices, size: &RunSize) -> Result<M
         .plan_placed(&model.decoder, &decoder_bindings(chunk, past, visual, 1, size.context))?;
     let mut parts = vec![
         MemoryUse::host("program", PROGRAM_BYTES),
-        MemoryUse::host("tokenizer", model.tokenizer_bytes * TOKENIZER_FACTOR),
+        MemoryUse::host("tokenizer", model.tokenizer_memory),
         MemoryUse::of("decoder weights", &text, |m| m.weights + m.converted),
         MemoryUse::host("embedding rows", gathered_bytes(model, size.rows, text.host.gathered)),
         MemoryUse::of("KV cache", &text, |m| m.states),

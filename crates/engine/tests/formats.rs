@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use pocketglm_bpe::Tokenizer;
 use pocketglm_checkpoint::{
-    Checkpoint, Converted, GgufExport, GgufFile, NameRules, OpenOptions, PglmContents, ReadMode, Renamed,
-    export_gguf, export_pglm, to_plain,
+    Checkpoint, Converted, GgufExport, GgufFile, NameRules, OpenOptions, PglmContents, PglmFile, ReadMode,
+    Renamed, export_gguf, export_pglm, to_plain,
 };
 use pocketglm_engine::quantise::{Policy, QuantiseOptions, Quantiser, verify_model};
 use pocketglm_engine::{
@@ -192,12 +193,14 @@ fn a_file_made_on_many_threads_is_that_of_its_tensors_one_after_the_other() {
         let one = quantiser(name, policy, |_| ());
         let checkpoint = source(name);
         let files = checkpoint.source().side_files().unwrap();
+        let mut files: Vec<(String, Vec<u8>)> =
+            files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect();
+        let json =
+            files.iter().find(|(name, _)| name == "tokenizer.json").map(|(_, json)| json.clone()).unwrap();
+        let tables = Tokenizer::from_json(&json).unwrap().to_tables().unwrap();
+        files.push(("tokenizer.tables".into(), PglmFile::content_made_of(&json, &tables)));
         let text = Policy::load(policy).unwrap().to_json();
-        let contents = PglmContents {
-            files: files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect(),
-            policy: Some(&text),
-            ..PglmContents::default()
-        };
+        let contents = PglmContents { files, policy: Some(&text), ..PglmContents::default() };
         export_pglm(&path, &one, contents, &[], &mut |_, _| {}).unwrap();
         let wanted = std::fs::read(&path).unwrap();
         for threads in [1, 3] {
@@ -265,9 +268,22 @@ fn a_changed_byte_of_a_pglm_is_told_and_nothing_is_made_of_it() {
     told(opened.write_pglm(&made).unwrap_err(), name);
     told(opened.write_gguf(folder.0.join("made.gguf"), None).unwrap_err(), name);
     told(verify_model(&bad, &options).unwrap_err(), name);
-    // A side file: it is read when the model is opened.
-    change(checkpoint.bytes("tokenizer.json").unwrap().unwrap().as_slice());
-    told(Engine::open(&bad, options).map(|_| ()).unwrap_err(), "tokenizer.json");
+    // Side files: they are read when the model is opened, but not the one of which another was made.
+    let json = checkpoint.bytes("tokenizer.json").unwrap().unwrap();
+    let tables = checkpoint.made_of("tokenizer.json", "tokenizer.tables").unwrap().unwrap();
+    for (part, name) in [
+        (checkpoint.bytes("config.json").unwrap().unwrap().as_slice(), "config.json"),
+        // Behind what says that these are tables: other bytes there are those of a newer version.
+        (&tables.bytes()[40..], "tokenizer.tables"),
+    ] {
+        change(part);
+        told(Engine::open(&bad, options.clone()).map(|_| ()).unwrap_err(), name);
+        told(verify_model(&bad, &options).unwrap_err(), name);
+    }
+    change(json.as_slice());
+    Engine::open(&bad, options.clone()).unwrap();
+    told(verify_model(&bad, &options).unwrap_err(), "tokenizer.json");
+    told(keep(&bad).unwrap().write_pglm(&made).unwrap_err(), "tokenizer.json");
     let mut left: Vec<_> = std::fs::read_dir(&folder.0).unwrap().map(|e| e.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["bad.pglm", "good.pglm"]);

@@ -340,6 +340,11 @@ fn hold(tensor: &Tensor, name: &str, keep: bool) -> Result<Held> {
 }
 
 fn finite(values: &[f32], name: &str) -> Result<()> {
+    // A sum that is no number says that there is something to look for; it is quicker to have than a place.
+    let finite = |part: &[f32]| part.iter().map(|v| v * 0.0).sum::<f32>() == 0.0;
+    if values.chunks(64).all(finite) {
+        return Ok(());
+    }
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
         Some(i) => Err(pocketglm_tensor::Error::Source {
@@ -371,7 +376,11 @@ impl Program for CpuProgram {
         buffers.resize_with(self.states.len(), AlignedF32::default);
         for (buffer, (i, _)) in buffers.iter_mut().zip(&self.states) {
             let meta = &self.graph.nodes[*i].outputs[0];
-            buffer.resize(state_bytes(meta.dtype, &eval_shape(&meta.shape, bindings)?)?.div_ceil(4))?;
+            let len = state_bytes(meta.dtype, &eval_shape(&meta.shape, bindings)?)?.div_ceil(4);
+            match buffer.is_empty() {
+                true => *buffer = AlignedF32::room(len)?,
+                false => buffer.resize(len)?,
+            }
         }
         state.bindings = bindings.clone();
         Ok(())

@@ -2,17 +2,24 @@
 
 use std::fmt;
 use std::ops::{Add, Mul, Sub};
+use std::sync::Arc;
 
 use crate::{Error, Result};
 
 /// A dimension of a shape: a fixed size, or sums, products and floor quotients of named sizes.
 ///
-/// Kept in a canonical form, so equality is equality of the polynomials: `T + P == P + T`.
+/// Kept in a canonical form, so equality is equality of the polynomials: `T + P == P + T`. A graph of many layers has
+/// thousands of them, and a copy costs no memory.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Dim {
-    /// Products and their non-zero factors, sorted by product.
-    terms: Vec<(Vec<Atom>, i64)>,
+    /// What depends on no name.
+    constant: i64,
+    /// Products of names and their non-zero factors, sorted by product; `None` where there are none.
+    terms: Option<Arc<[Term]>>,
 }
+
+/// Names that are multiplied, sorted, and a factor.
+type Term = (Vec<Atom>, i64);
 
 /// An indivisible factor.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,31 +66,31 @@ impl Bindings {
 impl Dim {
     /// A named size.
     pub fn symbol(name: &'static str) -> Dim {
-        Dim { terms: vec![(vec![Atom::Symbol(name)], 1)] }
+        Dim::from_terms(0, vec![(vec![Atom::Symbol(name)], 1)])
     }
 
     /// A fixed size.
     pub fn fixed(size: usize) -> Dim {
         // A size above i64::MAX cannot be a length of anything in memory.
-        Dim::from_terms(vec![(Vec::new(), i64::try_from(size).unwrap_or(i64::MAX))])
+        Dim { constant: i64::try_from(size).unwrap_or(i64::MAX), terms: None }
     }
 
     /// `floor(self / divisor)`; exact where every factor is divisible. A divisor of 0 counts as 1.
     pub fn div(&self, divisor: u32) -> Dim {
         let divisor = divisor.max(1);
         let d = i64::from(divisor);
-        if self.terms.iter().all(|(_, c)| c % d == 0) {
-            return Dim { terms: self.terms.iter().map(|(a, c)| (a.clone(), c / d)).collect() };
+        if self.constant % d == 0 && self.terms().iter().all(|(_, c)| c % d == 0) {
+            let terms = self.terms().iter().map(|(a, c)| (a.clone(), c / d)).collect();
+            return Dim::from_terms(self.constant / d, terms);
         }
-        Dim { terms: vec![(vec![Atom::Quotient(self.clone(), divisor)], 1)] }
+        Dim::from_terms(0, vec![(vec![Atom::Quotient(self.clone(), divisor)], 1)])
     }
 
     /// The size, where it does not depend on a name.
     pub fn as_fixed(&self) -> Option<usize> {
-        match self.terms.as_slice() {
-            [] => Some(0),
-            [(atoms, c)] if atoms.is_empty() => usize::try_from(*c).ok(),
-            _ => None,
+        match self.terms {
+            None => usize::try_from(self.constant).ok(),
+            Some(_) => None,
         }
     }
 
@@ -98,8 +105,8 @@ impl Dim {
 
     fn eval_signed(&self, bindings: &Bindings) -> Result<i64> {
         let range = || Error::DimRange { dim: self.to_string(), bindings: format!("{bindings:?}") };
-        let mut sum = 0i64;
-        for (atoms, factor) in &self.terms {
+        let mut sum = self.constant;
+        for (atoms, factor) in self.terms() {
             let mut product = *factor;
             for atom in atoms {
                 let value = match atom {
@@ -120,7 +127,7 @@ impl Dim {
 
     /// Adds the names that this size depends on to `names`.
     pub(crate) fn symbols(&self, names: &mut Vec<&'static str>) {
-        for atom in self.terms.iter().flat_map(|(atoms, _)| atoms) {
+        for atom in self.terms().iter().flat_map(|(atoms, _)| atoms) {
             match atom {
                 Atom::Symbol(name) if names.contains(name) => {}
                 Atom::Symbol(name) => names.push(name),
@@ -129,12 +136,17 @@ impl Dim {
         }
     }
 
-    fn from_terms(mut terms: Vec<(Vec<Atom>, i64)>) -> Dim {
+    fn terms(&self) -> &[Term] {
+        self.terms.as_deref().unwrap_or_default()
+    }
+
+    /// Sorts and adds up products of at least one name each.
+    fn from_terms(constant: i64, mut terms: Vec<Term>) -> Dim {
         for (atoms, _) in &mut terms {
             atoms.sort();
         }
         terms.sort();
-        let mut merged: Vec<(Vec<Atom>, i64)> = Vec::with_capacity(terms.len());
+        let mut merged: Vec<Term> = Vec::with_capacity(terms.len());
         for (atoms, factor) in terms {
             match merged.last_mut() {
                 Some(last) if last.0 == atoms => last.1 = last.1.saturating_add(factor),
@@ -142,7 +154,7 @@ impl Dim {
             }
         }
         merged.retain(|(_, factor)| *factor != 0);
-        Dim { terms: merged }
+        Dim { constant, terms: (!merged.is_empty()).then(|| merged.into()) }
     }
 }
 
@@ -168,37 +180,55 @@ impl From<usize> for Dim {
 impl Add for Dim {
     type Output = Dim;
     fn add(self, other: Dim) -> Dim {
-        Dim::from_terms(self.terms.into_iter().chain(other.terms).collect())
+        let constant = self.constant.saturating_add(other.constant);
+        match (&self.terms, &other.terms) {
+            (_, None) => Dim { constant, ..self },
+            (None, _) => Dim { constant, ..other },
+            _ => Dim::from_terms(constant, [self.terms(), other.terms()].concat()),
+        }
     }
 }
 
 impl Sub for Dim {
     type Output = Dim;
     fn sub(self, other: Dim) -> Dim {
-        let negated = other.terms.into_iter().map(|(a, c)| (a, c.saturating_neg()));
-        Dim::from_terms(self.terms.into_iter().chain(negated).collect())
+        let terms = other.terms().iter().map(|(a, c)| (a.clone(), c.saturating_neg())).collect();
+        self.add(Dim::from_terms(other.constant.saturating_neg(), terms))
     }
 }
 
 impl Mul for Dim {
     type Output = Dim;
     fn mul(self, other: Dim) -> Dim {
-        let mut terms = Vec::with_capacity(self.terms.len() * other.terms.len());
-        for (a, c) in &self.terms {
-            for (b, d) in &other.terms {
+        let constant = self.constant.saturating_mul(other.constant);
+        match (&self.terms, &other.terms) {
+            (None, None) => return Dim { constant, terms: None },
+            (None, _) if self.constant == 1 => return other,
+            (_, None) if other.constant == 1 => return self,
+            _ => {}
+        }
+        let times = |dim: &Dim, factor: i64| -> Vec<Term> {
+            dim.terms().iter().map(|(a, c)| (a.clone(), c.saturating_mul(factor))).collect()
+        };
+        let mut terms = times(&self, other.constant);
+        terms.extend(times(&other, self.constant));
+        for (a, c) in self.terms() {
+            for (b, d) in other.terms() {
                 terms.push((a.iter().chain(b).cloned().collect(), c.saturating_mul(*d)));
             }
         }
-        Dim::from_terms(terms)
+        Dim::from_terms(constant, terms)
     }
 }
 
 impl fmt::Display for Dim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.terms.is_empty() {
+        if *self == Dim::fixed(0) {
             return f.write_str("0");
         }
-        for (i, (atoms, factor)) in self.terms.iter().rev().enumerate() {
+        let constant = (Vec::new(), self.constant);
+        let fixed = (self.constant != 0).then_some(&constant);
+        for (i, (atoms, factor)) in self.terms().iter().rev().chain(fixed).enumerate() {
             if i > 0 || *factor < 0 {
                 f.write_str(if *factor < 0 { "-" } else { "+" })?;
             }
@@ -243,6 +273,8 @@ mod tests {
         assert_eq!((t() + p()) * Dim::fixed(4), t() * 4.into() + p() * 4.into());
         assert_eq!((t() * 4.into()).div(4), t());
         assert_eq!(t() - t(), Dim::fixed(0));
+        assert_eq!((t() + 1.into()) * (t() - 1.into()), t() * t() - 1.into());
+        assert_eq!((Dim::fixed(3) - t()) * 0.into(), Dim::fixed(0));
         assert_ne!(t() * t(), t());
     }
 
@@ -261,6 +293,8 @@ mod tests {
     fn dimensions_print_as_they_are_read() {
         assert_eq!((t() * 4.into() + p()).to_string(), "4·T+P");
         assert_eq!((t() - 10.into()).div(3).to_string(), "⌊(T-10)/3⌋");
+        assert_eq!((Dim::fixed(2) - t()).to_string(), "-T+2");
+        assert_eq!((Dim::fixed(2) - 5.into()).to_string(), "-3");
         assert_eq!(Dim::fixed(0).to_string(), "0");
     }
 }

@@ -1,6 +1,7 @@
 //! The graph itself: nodes in topological order, each with its op, operands and the place in the model.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use pocketglm_tensor::DType;
 
@@ -305,14 +306,8 @@ impl Graph {
                 stack.extend(self.nodes[i].inputs.iter().map(|v| v.node()));
             }
         }
-        // An input that a node uses twice counts twice, here and there.
+        // An input that a node uses twice counts twice, here and among the users.
         let mut waiting: Vec<usize> = self.nodes.iter().map(|n| n.inputs.len()).collect();
-        let mut dependents = vec![Vec::new(); self.nodes.len()];
-        for (i, node) in self.nodes.iter().enumerate().filter(|(i, _)| live[*i]) {
-            for v in &node.inputs {
-                dependents[v.node()].push(i);
-            }
-        }
         // A fused node is appended at the end; it runs where its earliest user would have run.
         let mut rank: Vec<usize> = (0..self.nodes.len()).collect();
         for i in (0..self.nodes.len()).rev() {
@@ -321,32 +316,41 @@ impl Graph {
                 rank[v.node()] = rank[v.node()].min(own);
             }
         }
-        let mut ready: BTreeSet<(usize, usize)> =
-            (0..self.nodes.len()).filter(|&i| live[i] && waiting[i] == 0).map(|i| (rank[i], i)).collect();
+        let mut ready: BinaryHeap<Reverse<(usize, usize)>> = (0..self.nodes.len())
+            .filter(|&i| live[i] && waiting[i] == 0)
+            .map(|i| Reverse((rank[i], i)))
+            .collect();
         let mut moved = vec![u32::MAX; self.nodes.len()];
         let mut order = Vec::with_capacity(self.nodes.len());
-        while let Some((_, i)) = ready.pop_first() {
+        while let Some(Reverse((_, i))) = ready.pop() {
             moved[i] = order.len() as u32;
             order.push(i);
-            for &user in &dependents[i] {
+            for &user in self.users[i].iter().filter(|&&user| live[user]) {
                 waiting[user] -= 1;
                 if waiting[user] == 0 {
-                    ready.insert((rank[user], user));
+                    ready.push(Reverse((rank[user], user)));
                 }
             }
         }
         let mut old: Vec<Option<Node>> = std::mem::take(&mut self.nodes).into_iter().map(Some).collect();
+        let mut old_users = std::mem::take(&mut self.users);
+        self.nodes.reserve_exact(order.len());
+        self.users.reserve_exact(order.len());
         for i in order {
             if let Some(mut node) = old[i].take() {
                 for v in &mut node.inputs {
                     v.node = moved[v.node()];
                 }
                 self.nodes.push(node);
+                let mut users = std::mem::take(&mut old_users[i]);
+                users.retain(|&user| live[user]);
+                users.iter_mut().for_each(|user| *user = moved[*user] as usize);
+                users.sort_unstable();
+                self.users.push(users);
             }
         }
         for (_, v) in &mut self.outputs {
             v.node = moved[v.node()];
         }
-        self.count_users();
     }
 }

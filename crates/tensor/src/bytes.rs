@@ -138,6 +138,8 @@ pub struct AlignedF32 {
 
 /// Bytes from which working memory is in huge pages.
 const HUGE: usize = 4 << 20;
+/// Bytes from which room is mapped by itself.
+const ROOM: usize = 64 << 10;
 /// Bytes of a huge page: systems put whole numbers of them at their multiples, and begin others anywhere.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -159,6 +161,19 @@ impl AlignedF32 {
             {
                 let mapped = Some(Memory::new(bytes.next_multiple_of(HUGE_PAGE), "working memory")?);
                 Ok(AlignedF32 { lines: Vec::new(), mapped, len })
+            }
+            _ => AlignedF32::zeroed(len),
+        }
+    }
+
+    /// `len` zeros of which only those pages take memory that are written, where the system offers it: for room that may stay
+    /// empty, such as that of a cache. Other buffers are touched when they are made.
+    pub fn room(len: usize) -> Result<AlignedF32> {
+        match len.checked_mul(4) {
+            Some(bytes)
+                if bytes >= ROOM && bytes <= isize::MAX as usize && cfg!(not(target_family = "wasm")) =>
+            {
+                Ok(AlignedF32 { lines: Vec::new(), mapped: Some(Memory::by_page(bytes, "room")?), len })
             }
             _ => AlignedF32::zeroed(len),
         }
@@ -231,8 +246,10 @@ mod tests {
 
     #[test]
     fn working_memory_is_zero_and_keeps_what_it_holds_when_it_is_resized() {
-        for len in [0, 5, HUGE / 4 - 1, HUGE / 4 + 3] {
-            let mut memory = AlignedF32::working(len).unwrap();
+        let lengths = [0, 5, ROOM / 4 + 1, HUGE / 4 - 1, HUGE / 4 + 3];
+        let make = [AlignedF32::working, AlignedF32::room];
+        for (len, make) in lengths.into_iter().flat_map(|len| make.map(|make| (len, make))) {
+            let mut memory = make(len).unwrap();
             assert_eq!(memory.len(), len);
             assert!(memory.iter().all(|v| *v == 0.0));
             assert!((memory.as_ptr() as usize).is_multiple_of(64));
@@ -245,5 +262,6 @@ mod tests {
             assert!(memory[len / 2..].iter().all(|v| *v == 0.0), "{len}");
         }
         assert!(AlignedF32::working(usize::MAX / 2).is_err());
+        assert!(AlignedF32::room(usize::MAX / 2).is_err());
     }
 }

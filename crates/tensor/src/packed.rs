@@ -465,6 +465,10 @@ impl Memory {
         crate::AlignedF32::zeroed(bytes.div_ceil(4)).map(|m| Memory(Box::new(m)))
     }
 
+    pub(crate) fn by_page(bytes: usize, what: &str) -> Result<Memory> {
+        Memory::new(bytes, what)
+    }
+
     pub(crate) fn writable(&mut self) -> &mut [u8] {
         bytemuck::cast_slice_mut(&mut self.0[..])
     }
@@ -484,11 +488,17 @@ pub(crate) struct Memory(MmapMut);
 #[cfg(not(target_family = "wasm"))]
 impl Memory {
     pub(crate) fn new(bytes: usize, what: &str) -> Result<Memory> {
-        let map =
-            MmapMut::map_anon(bytes.max(1)).map_err(|_| Error::OutOfMemory { bytes, what: what.into() })?;
+        let memory = Memory::by_page(bytes, what)?;
         // Small pages work too, only slower.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let _ = memory.0.advise(memmap2::Advice::HugePage);
+        Ok(memory)
+    }
+
+    /// The same in pages of the usual size.
+    pub(crate) fn by_page(bytes: usize, what: &str) -> Result<Memory> {
+        let map =
+            MmapMut::map_anon(bytes.max(1)).map_err(|_| Error::OutOfMemory { bytes, what: what.into() })?;
         Ok(Memory(map))
     }
 

@@ -3,6 +3,7 @@
 mod golden;
 mod hostile;
 mod properties;
+mod tables;
 mod template;
 
 use crate::Tokenizer;

@@ -20,6 +20,7 @@ use super::rotate::{Turn, rotate_mean_squares, rotate_moments, rotate_rows};
 use super::subject::Opened;
 use super::table::CalibrationTable;
 use super::verify::verify;
+use crate::read_tokenizer::{JSON, tables};
 use crate::{Cancel, EngineOptions, Error, OutFile, Progress, ProgressFn, Result};
 
 /// Appends what a row of values becomes.
@@ -203,9 +204,13 @@ impl Quantiser {
                 .to_string()
         });
         let files = checkpoint.side_files()?;
+        let json = files.iter().find(|(name, _)| name == JSON);
+        // A tokenizer that cannot be read is copied as it is: what opens the model says why.
+        let tables = json.and_then(|(_, bytes)| tables(bytes.as_slice()));
+        let files = files.iter().map(|(name, bytes)| (name.clone(), bytes.as_slice().to_vec()));
         let contents = PglmContents {
             tensors: self.tensors(),
-            files: files.into_iter().map(|(name, bytes)| (name, bytes.as_slice().to_vec())).collect(),
+            files: files.chain(tables).collect(),
             policy: Some(&policy),
             calibration: calibration.as_deref(),
             input_ranges: self.input_ranges()?,

@@ -70,6 +70,7 @@ pub const ALL: &[(&str, Pass)] = &[
 /// # Errors
 /// Only where a pass builds a node that its own shape rule refuses, which is a defect of the pass.
 pub fn optimise(graph: &mut Graph) -> crate::Result<Vec<Report>> {
+    graph.prune_and_sort();
     ALL.iter().map(|(name, pass)| run(name, *pass, graph)).collect()
 }
 
@@ -78,21 +79,25 @@ pub fn optimise(graph: &mut Graph) -> crate::Result<Vec<Report>> {
 /// # Errors
 /// As [`optimise`].
 pub fn prepare(graph: &mut Graph) -> crate::Result<Vec<Report>> {
-    Ok(vec![run("mark load-time nodes", mark_load_time, graph)?])
+    Ok(vec![apply("mark load-time nodes", mark_load_time, graph)?])
 }
 
-/// Runs one pass and drops what became dead.
+/// Runs one pass and drops what became dead, and what was.
 ///
 /// # Errors
 /// As [`optimise`].
 pub fn apply(name: &'static str, pass: Pass, graph: &mut Graph) -> crate::Result<Report> {
+    graph.prune_and_sort();
     run(name, pass, graph)
 }
 
+/// Runs one pass on a sorted graph without dead nodes, and leaves one.
 fn run(name: &'static str, pass: Pass, graph: &mut Graph) -> crate::Result<Report> {
-    let before = graph.compute_nodes();
+    let (before, nodes) = (graph.compute_nodes(), graph.nodes.len());
     let applied = pass(graph)?;
-    graph.prune_and_sort();
+    if applied > 0 || graph.nodes.len() != nodes {
+        graph.prune_and_sort();
+    }
     Ok(Report { pass: name, applied, before, after: graph.compute_nodes() })
 }
 
