@@ -30,8 +30,9 @@ pub(crate) struct Merger {
 }
 
 impl Merger {
-    /// Applies the rules to `ids` until none fits (`merges` gives rank and merged id of a pair), lowest rank first and leftmost among equals, and appends the
-    /// result to `out`. n ids cost O(n log n): each merge removes a symbol and adds at most two candidates.
+    /// Applies the rules to `ids` until none fits, lowest rank first and leftmost among equals, and appends the result to
+    /// `out`. `merges` gives rank and merged id of a pair. n ids cost O(n log n): each merge removes a symbol and adds at
+    /// most two candidates.
     pub(crate) fn merge(
         &mut self,
         ids: impl Iterator<Item = u32>,
